@@ -1,0 +1,281 @@
+"""The contracts: what a part must offer, and the values that pass between the rooms.
+
+Read this file first. Every pluggable thing is a *part*: one file, one final frozen dataclass whose fields are
+its options and whose file name is its name in the recipe, the command line, the tests and the docs.
+Nothing here imports a heavy package, and neither does the top of any part's file: torch and the engines are
+imported when a method needs them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+    from torch.export import ExportedProgram
+
+    from edgepack.artifact import Artifact
+    from edgepack.measurement import Profile, Ratio
+    from edgepack.plan import Plan
+    from edgepack.task import Task
+
+Arrays = Mapping[str, "np.ndarray[Any, Any]"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How raw data becomes one model input: ``(raw / scale - mean) / std`` per channel.
+
+    Attributes:
+        scale: divisor of the raw values (255 for 8-bit images), 1 for none.
+        mean: per channel, in units of raw / scale; empty for zero.
+        std: per channel; empty for one.
+        resize: short side in pixels before the centre crop (image files only), None to leave the size.
+        crop: centre crop to the input's height and width (image files only).
+    """
+
+    scale: float = 1.0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    resize: int | None = None
+    crop: bool = True
+
+    @property
+    def identity(self) -> bool:
+        return self.scale == 1.0 and not any(self.mean) and all(value == 1.0 for value in self.std)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph.
+
+    Attributes:
+        name: as in the artifact.
+        dtype: NumPy name, such as ``float32`` or ``uint8``.
+        shape: an int, or the name of a dynamic axis (``"batch"``) where any size is allowed.
+        layout: one letter per axis (``NCHW``, ``NHWC``), None where it has no meaning.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    layout: str | None = None
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A captured network: what exporters read. Never holds user code.
+
+    Attributes:
+        program: ATen operators only, inference mode, float weights.
+        inputs: in call order; names equal the program's inputs.
+        outputs: in result order.
+        preprocessing: by input name; what the caller must still do to raw data (empty once baked in).
+        labels: class names, empty if unknown.
+    """
+
+    program: ExportedProgram
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    preprocessing: Mapping[str, Preprocessing] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+
+
+class Part(ABC):  # noqa: B024  (its kinds have the abstract methods)
+    """Anything pluggable. Subclass one of the kinds below, never this."""
+
+
+class Run(Protocol):
+    """What a pass is handed besides the module: the only way it reaches the rest of edgepack.
+
+    Attributes:
+        workdir: scratch folder of this run, for checkpoints.
+        seed: for every random choice of the pass.
+        plan: to be filled with what the float graph cannot say.
+    """
+
+    workdir: Path
+    seed: int
+    plan: Plan
+
+    def note(self, text: str) -> None:
+        """One line for the report: what was done or left alone, and why."""
+
+    def progress(self, text: str, total: int | None = None) -> Callable[[int], None]:
+        """Start a progress line; call the result with the number of steps just finished."""
+
+    def measure(self, module: nn.Module, against: nn.Module | None = None) -> Ratio:
+        """Latency of ``module`` over ``against`` (default: the original), interleaved on this host."""
+
+
+class Pass(Part):
+    """Module to module. Works on the pipeline's own copy, may change it in place, returns it.
+
+    ``stage`` orders passes: a pass with a lower stage must not follow one with a higher
+    (10 structure-preserving, 20 needs layers, 30 fixes weights, 90 needs final ranges).
+    """
+
+    stage: ClassVar[int] = 20
+
+    def check(self, module: nn.Module, task: Task) -> None:
+        """Refuse early what cannot work. Raises Unsupported or InputError."""
+
+    @abstractmethod
+    def apply(self, module: nn.Module, task: Task, run: Run) -> nn.Module:
+        """Return the compressed module, in inference mode, with the same inputs and outputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exporter(Part):
+    """Graph to model files.
+
+    Attributes:
+        name: the artifact's folder, default the format.
+        precision: ``plan`` (what the plan says, float32 where it says nothing), ``float32`` or ``float16``
+            (weights stored in 16 bits; the engine chooses how to compute).
+        layout: layout of image inputs, ``NCHW`` or ``NHWC``; default that of the model.
+        normalize: bake the preprocessing in; image inputs become uint8 NHWC, labels go into the metadata.
+    """
+
+    format: ClassVar[str]
+
+    name: str = ""
+    precision: str = "plan"
+    layout: str | None = None
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("plan", "float32", "float16"):
+            raise ValueError(f"precision is 'plan', 'float32' or 'float16', not {self.precision!r}")
+        if self.layout not in (None, "NCHW", "NHWC"):
+            raise ValueError(f"layout is 'NCHW' or 'NHWC', not {self.layout!r}")
+        if self.normalize and self.layout == "NCHW":
+            raise ValueError("normalize takes uint8 images as cameras give them, so layout must be 'NHWC' or left out")
+
+    @abstractmethod
+    def lower(self, graph: Graph, plan: Plan) -> Graph:
+        """Apply the dialect: the *simulation*, a graph that computes what the artifact must compute.
+
+        ``layout`` and ``normalize`` are already in the graph. Raises Unsupported.
+        """
+
+    @abstractmethod
+    def write(self, simulation: Graph, folder: Path) -> Census:
+        """Write the model files into an empty folder and re-read them. Raises Unsupported, StorageError."""
+
+
+@dataclass(frozen=True)
+class Census:
+    """What an exporter found in the file it wrote, by reading it again.
+
+    Attributes:
+        operators: operator type → count.
+        weight_bytes: stored dtype → bytes.
+        notes: anything a user should know, one sentence each.
+    """
+
+    operators: Mapping[str, int]
+    weight_bytes: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+
+class Session(Protocol):
+    """A loaded artifact. Outputs are complete when ``run`` returns."""
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """Arrays by input name → arrays by output name."""
+
+    def close(self) -> None:
+        """Free the engine's memory."""
+
+
+class Runtime(Part):
+    """How an artifact executes: an engine. Options that change numbers or speed are fields."""
+
+    formats: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def version(self) -> str:
+        """The engine's version. Raises MissingExtra where it is not installed."""
+
+    @abstractmethod
+    def load(self, artifact: Artifact, threads: int | None = None) -> Session:
+        """Load an artifact with a fixed number of threads (None: the engine's default)."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One entry of a measurement: an artifact on an engine, under a label unique in the measurement."""
+
+    label: str
+    artifact: Artifact
+    runtime: Runtime
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        threads: intra-operator threads of the engine.
+        instances: engine instances per contender, the unit of the confidence interval.
+        max_seconds: stop after this long even when the interval is still wide.
+        half_width: stop when every ratio's interval is this narrow (relative).
+        tolerance: ratios within 1 ± this are "same".
+        seed: for the random order of blocks.
+        cold: also time load, first inference and peak memory in fresh processes.
+    """
+
+    threads: int = 1
+    instances: int = 5
+    max_seconds: float = 60.0
+    half_width: float = 0.01
+    tolerance: float = 0.03
+    seed: int = 0
+    cold: bool = True
+
+
+class Device(Part):
+    """Where an artifact executes: a transport."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, str]:
+        """Name, processor, cores, system … of the machine. Raises DeviceError when it is not there."""
+
+    @abstractmethod
+    def measure(
+        self,
+        contenders: Sequence[Contender],
+        settings: Settings,
+        progress: Callable[[float], None] | None = None,
+    ) -> list[Profile]:
+        """Profiles in the contenders' order, all from one interleaved run; ratios are against the first."""
+
+
+class Meter(Part):
+    """A joule counter that only rises."""
+
+    scope: ClassVar[str]
+
+    @abstractmethod
+    def check(self) -> str | None:
+        """None when the meter works here, else the reason why not."""
+
+    @abstractmethod
+    def joules(self) -> float:
+        """The counter now; windows are differences."""
+
+
+class Packager(Part):
+    """Artifact to something an app can include."""
+
+    formats: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def write(self, artifact: Artifact, folder: Path) -> list[Path]:
+        """Write the package and return its files."""

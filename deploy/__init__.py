@@ -1,0 +1,1 @@
+"""Packagers: artifact to something an app can include, one platform each."""

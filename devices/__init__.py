@@ -1,0 +1,1 @@
+"""Devices: where an artifact executes, one transport each."""

@@ -1,0 +1,1 @@
+"""Meters: joule counters, one source each."""

@@ -1,0 +1,1 @@
+"""Runtimes: how an artifact executes, one engine each."""
