@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -124,11 +125,11 @@ class Golden:
         """Read golden samples; no pickle. Raises InputError."""
         groups: dict[str, dict[str, np.ndarray[Any, Any]]] = {"input": {}, "original": {}, "simulation": {}}
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 for key in arrays.files:
                     group, _, name = key.partition("/")
                     groups[group][name] = arrays[key]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"{path}: not a golden file: {error}") from error
         return cls(groups["input"], groups["original"], groups["simulation"])
 

@@ -234,9 +234,7 @@ def _flat_outputs(
     """Make the program return a plain tuple of tensors, and describe them."""
     from torch.utils import _pytree as pytree
 
-    signature = program.graph_signature
-    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
-        state = next(iter({**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}.values()))
+    if (state := _changed_state(program)) is not None:
         raise Unsupported(f"the network changes {state!r} while it runs", "make the state an input and an output")
     values = [node for node in program.graph.output_node().args[0] if hasattr(node, "meta")]
     names = list(wanted) or _output_names(program, len(values))
@@ -250,6 +248,21 @@ def _flat_outputs(
         TensorSpec(name, str(node.meta["val"].dtype).removeprefix("torch."), _named(node.meta["val"].shape, symbols))
         for name, node in zip(names, values, strict=True)
     )
+
+
+def _changed_state(program: ExportedProgram) -> str | None:
+    """Name of a buffer or input that an operator of the program writes to."""
+    signature = program.graph_signature
+    names = {**signature.inputs_to_buffers, **signature.inputs_to_parameters}
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        for argument, value in zip(schema.arguments, node.args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and getattr(value, "op", None) == "placeholder":
+                return str(names.get(value.name, value.name))
+    return None
 
 
 def _output_names(program: ExportedProgram, count: int) -> list[str]:

@@ -1,0 +1,247 @@
+"""The verbs over a recipe: compress, export, profile, verify, compare, report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgepack import parts
+from edgepack.artifact import MANIFEST, Artifact, Parity, sha256
+from edgepack.compressing import BASELINE, COMPRESSED, CompressResult, compress, result
+from edgepack.contracts import Device, Exporter, Runtime, Settings
+from edgepack.errors import BudgetError, InputError, IntegrityError, MeasurementError
+from edgepack.exporting import ExportResult, export
+from edgepack.measurement import Profile
+from edgepack.parity import check, runtime_for
+from edgepack.profiling import profile, profile_out
+from edgepack.progress import Progress, Silent
+from edgepack.recipe import Measurement, Recipe, artifact_name, build
+from edgepack.versions import versions
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgepack.task import Task
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a verb.
+
+    Attributes:
+        out: where results go; None: the recipe's ``edgepack-out``.
+        force: do again what is up to date.
+        progress: who is told.
+    """
+
+    out: Path | None = None
+    force: bool = False
+    progress: Progress = field(default_factory=Silent)
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """One artifact, read whole and run on its golden inputs."""
+
+    artifact: Artifact
+    parity: Parity
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"folder": str(self.artifact.folder), "parity": asdict(self.parity), "seconds": self.seconds}
+
+
+def compress_recipe(recipe: Recipe, opts: Options) -> CompressResult:
+    """Load the recipe's model, apply its passes, write ``compressed/`` and ``baseline/pt2/``."""
+    out = opts.out or recipe.out
+    began = time.perf_counter()
+    fingerprint = _fingerprint(recipe)
+    if not opts.force and (done := _current(out, fingerprint)) is not None:
+        return result(out, done.manifest, True, time.perf_counter() - began)
+    task = task_of(recipe)
+    opts.progress.start("loading the model")
+    return compress(load_model(recipe), task, recipe.passes, out, opts.progress, fingerprint)
+
+
+def export_recipe(recipe: Recipe, opts: Options) -> list[ExportResult]:
+    """Write every ``[[export]]`` of the recipe, verified and scored.
+
+    Raises:
+        BudgetError: an artifact misses the recipe's budget; all artifacts stay, marked.
+    """
+    if not recipe.exporters:
+        raise InputError(f"{recipe.path.name} has no [[export]]", 'add [[export]] with use = "onnx"')
+    out = opts.out or recipe.out
+    results = export(out, recipe.exporters, opts.progress, task_of(recipe), recipe.sheet.budget, opts.force)
+    missed = [f"{r.artifact.manifest.name}: {text}" for r in results for text in r.artifact.manifest.budget_missed]
+    if missed:
+        raise BudgetError("; ".join(missed), f"the artifacts stay in {out}, marked")
+    return results
+
+
+def export_folder(folder: Path, to: Sequence[str], opts: Options) -> list[ExportResult]:
+    """Export a ``compressed/`` folder (or the folder that holds it) to formats, without a recipe."""
+    out = folder if (folder / COMPRESSED / MANIFEST).exists() else folder.parent
+    if folder.name != COMPRESSED and out == folder.parent:
+        Artifact.open(folder)
+        raise InputError(f"{folder} is not a compressed/ folder", "export starts from what edgepack compress wrote")
+    exporters = [build(Exporter, {"use": name}) for name in to]
+    return export(out, exporters, opts.progress, force=opts.force)
+
+
+def profile_recipe(recipe: Recipe, opts: Options) -> list[Profile]:
+    """Run every ``[[profile]]`` of the recipe; the host with one thread if it has none.
+
+    Raises:
+        BudgetError: latency_ratio is missed. MeasurementError: it cannot be told.
+    """
+    out = opts.out or recipe.out
+    names = [artifact_name(item) for item in recipe.exporters]
+    device = parts.find(Device, "host")
+    found: list[Profile] = []
+    for item in recipe.measurements or (Measurement(device(), None, Settings()),):
+        found += profile_out(out, names, item.device, item.runtime, item.settings, opts.progress)
+    _hold_latency(recipe.sheet.budget.latency_ratio, found)
+    return found
+
+
+def profile_folders(
+    folders: Sequence[Path], runtime: str | None, settings: Settings, progress: Progress | None = None
+) -> list[Profile]:
+    """Measure artifacts on this host in one interleaved run; ratios are against the first."""
+    device = parts.find(Device, "host")()
+    engine = None if runtime is None else build(Runtime, {"use": runtime})
+    artifacts = [Artifact.open(folder) for folder in folders]
+    for artifact in artifacts:
+        artifact.check_hashes()
+    return profile(artifacts, device, engine, settings, progress or Silent())
+
+
+def compare(
+    a: Path, b: Path, settings: Settings, runtime: str | None = None, progress: Progress | None = None
+) -> list[Profile]:
+    """Time two artifacts against each other; the second profile's ratio is B over A."""
+    return profile_folders([a, b], runtime, settings, progress)
+
+
+def verify(folder: Path, runtime: str | None = None) -> VerifyResult:
+    """Check every hash of an artifact and its answers to the golden inputs.
+
+    Raises:
+        IntegrityError: a file was changed. ParityError: it computes something else.
+        MissingExtra: no engine for it is installed here.
+    """
+    began = time.perf_counter()
+    artifact = Artifact.open(folder)
+    artifact.check_hashes()
+    engine = runtime_for(artifact.manifest.format) if runtime is None else build(Runtime, {"use": runtime})
+    return VerifyResult(artifact, check(artifact, engine), time.perf_counter() - began)
+
+
+def artifacts_in(out: Path) -> list[Path]:
+    """Every artifact folder below an output folder: compressed, baselines, exports."""
+    found = sorted(path.parent for path in out.rglob(MANIFEST) if not path.parent.name.startswith("."))
+    if not found:
+        raise InputError(f"{out} holds no artifacts", "run edgepack compress and edgepack export first")
+    return found
+
+
+def report_recipe(out: Path) -> Path:
+    """Write ``report.json`` and ``report.html`` from what lies in an output folder."""
+    from edgepack import reporting
+    from edgepack.artifact import write_text
+
+    data = reporting.build(out)
+    write_text(out / "report.json", json.dumps(data, indent=2, allow_nan=False, default=str) + "\n")
+    reporting.write_html(data, out / "report.html")
+    return out / "report.html"
+
+
+def load_model(recipe: Recipe) -> nn.Module:
+    """The recipe's model with its weights, in inference mode."""
+    from edgepack.models import load
+
+    model = recipe.sheet.model
+    return load(model.module, recipe.folder, model.weights, model.options)
+
+
+def task_of(recipe: Recipe) -> Task:
+    """The recipe's task with its data opened."""
+    from edgepack import metrics
+    from edgepack.data import open_data
+    from edgepack.task import Input, Task
+
+    section = recipe.sheet.task
+    sections = section.inputs or ({"input": section.input} if section.input else {})
+    try:
+        inputs = tuple(Input(name, **item.model_dump()) for name, item in sections.items())
+    except ValueError as error:
+        raise InputError(f"{recipe.path.name}: task: {error}") from error
+    opened = {
+        key: None if item is None else open_data(item.model_dump(exclude_unset=True), inputs, recipe.folder)
+        for key in ("calibration", "evaluation", "training")
+        for item in (getattr(section, key),)
+    }
+    metric = None if section.metric is None else metrics.find(section.metric, recipe.folder)
+    labels = _labels(section.labels, recipe.folder)
+    if not labels and opened["evaluation"] is not None:
+        labels = opened["evaluation"].labels
+    return Task(inputs, metric=metric, labels=labels, output_names=tuple(section.outputs), **opened)
+
+
+def _labels(labels: Sequence[str] | str, folder: Path) -> tuple[str, ...]:
+    if isinstance(labels, str):
+        from edgepack.images import read_labels
+
+        return read_labels(folder / labels)
+    return tuple(labels)
+
+
+def _hold_latency(limit: float | None, profiles: Sequence[Profile]) -> None:
+    ratios = [(item.label, item.ratio) for item in profiles if item.ratio is not None]
+    if limit is None:
+        return
+    if not ratios:
+        raise MeasurementError("the budget names latency_ratio, but nothing was measured against a baseline")
+    missed = [f"{label}: latency_ratio {r.value:.3f} is above {limit}" for label, r in ratios if r.low > limit]
+    if missed:
+        raise BudgetError("; ".join(missed))
+    open_ = [f"{label} ({r.low:.3f} … {r.high:.3f})" for label, r in ratios if r.high > limit]
+    if open_:
+        raise MeasurementError(f"latency_ratio {limit} cannot be told for {', '.join(open_)}", "measure longer")
+
+
+def _current(out: Path, fingerprint: str) -> Artifact | None:
+    try:
+        done = Artifact.open(out / COMPRESSED)
+        baseline = Artifact.open(out / BASELINE / "pt2")
+        done.check_hashes()
+        baseline.check_hashes()
+    except (InputError, IntegrityError):
+        return None
+    return done if done.manifest.fingerprint == fingerprint else None
+
+
+def _fingerprint(recipe: Recipe) -> str:
+    """Changes when the recipe's model, task or passes change, or a file they name."""
+    sheet = recipe.sheet
+    facts: Mapping[str, Any] = {
+        "model": sheet.model.model_dump(),
+        "task": sheet.task.model_dump(),
+        "passes": [[parts.name_of(item), parts.options_of(item)] for item in recipe.passes],
+        "files": {str(path): _digest(recipe.folder / path) for path in sorted(recipe.files)},
+        "versions": versions("torch", "timm", "torchvision", "transformers"),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    if path.is_dir():
+        listing = [(str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.rglob("*"))]
+        return hashlib.sha256(repr(listing).encode()).hexdigest()
+    return sha256(path)

@@ -1,0 +1,143 @@
+"""The profile stage: artifacts on devices, every ratio from one interleaved run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgepack import parts
+from edgepack.artifact import MANIFEST, Artifact, Golden, Manifest, describe_files, write_text
+from edgepack.compressing import BASELINE
+from edgepack.contracts import Contender, Device, Exporter, Runtime, Settings
+from edgepack.errors import InputError
+from edgepack.measurement import Profile, Ratio
+from edgepack.parity import runtime_for
+from edgepack.plan import Plan
+from edgepack.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgepack.task import Task
+
+PROFILES = "profiles"
+
+
+def profile(
+    artifacts: Sequence[Artifact],
+    device: Device,
+    runtime: Runtime | None,
+    settings: Settings,
+    progress: Progress,
+) -> list[Profile]:
+    """Measure artifacts in one interleaved run; ratios are against the first.
+
+    Args:
+        runtime: the engine for all of them; None takes the first installed engine that reads each format.
+
+    Raises:
+        InputError: the runtime does not read an artifact's format.
+        ParityError: an artifact does not give its golden answers; it is not timed.
+    """
+    contenders = [
+        Contender(label, artifact, _engine(artifact, runtime))
+        for label, artifact in zip(_labels(artifacts), artifacts, strict=True)
+    ]
+    names = ", ".join(contender.label for contender in contenders)
+    step, shown = progress.start(f"measuring {names}", 100), [0]
+
+    def seen(share: float) -> None:
+        percent = int(100 * min(share, 1.0))
+        step(percent - shown[0])
+        shown[0] = percent
+
+    return device.measure(contenders, settings, seen)
+
+
+def profile_out(
+    out: Path,
+    names: Sequence[str],
+    device: Device,
+    runtime: Runtime | None,
+    settings: Settings,
+    progress: Progress,
+) -> list[Profile]:
+    """Measure exported artifacts, each format in one run beside its baseline, and store ``profiles/*.json``."""
+    groups: dict[str, list[Artifact]] = {}
+    for name in names:
+        artifact = Artifact.open(out / name)
+        if runtime is None or artifact.manifest.format in runtime.formats:
+            groups.setdefault(artifact.manifest.format, []).append(artifact)
+    if not groups and runtime is not None:
+        raise InputError(f"{parts.name_of(runtime)} reads none of the exported formats", f"it reads {runtime.formats}")
+    profiles: list[Profile] = []
+    for format_name, artifacts in groups.items():
+        baseline = out / BASELINE / format_name
+        first = [Artifact.open(baseline)] if (baseline / MANIFEST).exists() else []
+        found = profile([*first, *artifacts], device, runtime, settings, progress)
+        for item in found:
+            _store(out, item, parts.name_of(device))
+        profiles += found
+    return profiles
+
+
+def time_modules(module: nn.Module, against: nn.Module, task: Task, workdir: Path) -> Ratio:
+    """Latency of one module over another, both as ONNX on this host, one thread: what passes decide by."""
+    with tempfile.TemporaryDirectory(dir=_made(workdir)) as folder:
+        artifacts = [_temporary(item, task, Path(folder) / name) for name, item in (("a", against), ("b", module))]
+        device = parts.find(Device, "host")()
+        settings = Settings(max_seconds=10.0, cold=False)
+        ratio = profile(artifacts, device, None, settings, Silent())[1].ratio
+    assert ratio is not None  # the second of two contenders always has one
+    return ratio
+
+
+def _temporary(module: nn.Module, task: Task, folder: Path) -> Artifact:
+    from edgepack.graph import capture, run_graph
+
+    folder.mkdir(parents=True)
+    exporter = parts.find(Exporter, "onnx")()
+    simulation = exporter.lower(capture(module, task), Plan())
+    exporter.write(simulation, folder)
+    inputs = task.samples(1)
+    answers = run_graph(simulation, inputs)
+    Golden(inputs, answers, answers).save(folder / "golden.npz")
+    manifest = Manifest("onnx", folder.name, "float32", simulation.inputs, simulation.outputs)
+    manifest = replace(manifest, files=describe_files(folder))
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return Artifact.open(folder)
+
+
+def _engine(artifact: Artifact, runtime: Runtime | None) -> Runtime:
+    if runtime is None:
+        return runtime_for(artifact.manifest.format)
+    if artifact.manifest.format not in runtime.formats:
+        raise InputError(
+            f"{parts.name_of(runtime)} does not read {artifact.manifest.format} ({artifact.folder})",
+            f"it reads {', '.join(runtime.formats)}",
+        )
+    return runtime
+
+
+def _labels(artifacts: Sequence[Artifact]) -> list[str]:
+    """Short names, unique: the artifact's, with as much of its path as it takes."""
+    for depth in range(1, 10):
+        labels = ["/".join(artifact.folder.resolve().parts[-depth:]) for artifact in artifacts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{chr(ord('A') + index)}:{artifact.folder.name}" for index, artifact in enumerate(artifacts)]
+
+
+def _store(out: Path, item: Profile, device: str) -> None:
+    engine = item.runtime.partition(" ")[0]
+    name = f"{item.label.replace('/', '-')}.{device}.{engine}.t{item.threads}.json"
+    write_text(out / PROFILES / name, json.dumps(item.to_json(), indent=2, allow_nan=False) + "\n")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

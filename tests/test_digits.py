@@ -1,0 +1,90 @@
+"""The embedded example: its files, its recipe and what its network scores."""
+
+from __future__ import annotations
+
+import importlib.resources
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgepack import recipe, usercode
+from edgepack.data import open_data
+from edgepack.metrics import find
+from edgepack.task import Input
+
+PACKAGE = Path(str(importlib.resources.files("edgepack")))
+FOLDER = PACKAGE / "examples" / "digits"
+TEMPLATE = PACKAGE / "templates" / "edgepack.toml"
+
+
+def task_section() -> dict[str, Any]:
+    return tomllib.loads((FOLDER / "edgepack.toml").read_text(encoding="utf-8"))["task"]
+
+
+def score(folder: Path) -> float:
+    torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
+    from safetensors.torch import load_file
+
+    section = task_section()
+    data = open_data(section["evaluation"], (Input("input", **section["input"]),), folder)
+    network = usercode.load("models.py:digits_net", folder)().eval()
+    network.load_state_dict(load_file(folder / "digits.safetensors"))
+    metric = find(section["metric"], folder)
+    with torch.no_grad():
+        rows = [
+            metric.statistics(network(torch.from_numpy(batch.inputs["input"])).numpy(), batch.targets)
+            for batch in data.batches(100)
+        ]
+    return metric.reduce(np.concatenate(rows))
+
+
+def test_weights_score_what_the_readme_says() -> None:
+    assert score(FOLDER) == pytest.approx(0.998, abs=0.0021)  # one image may sit on the edge on another processor
+
+
+def test_files_are_small() -> None:
+    sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir() if path.is_file()}
+    assert sizes["digits.safetensors"] < 150_000
+    assert sum(sizes.values()) < 300_000
+
+
+def test_split_does_not_overlap() -> None:
+    item = Input("input", **task_section()["input"])
+    train, test = (next(open_data(name, (item,), FOLDER).batches(2000)) for name in ("train.npz", "test.npz"))
+    rows = [{image.tobytes() for image in batch.raw["input"]} for batch in (train, test)]
+    assert (len(train), len(test)) == (1297, 500)
+    assert not rows[0] & rows[1]
+    assert test.targets is not None
+    assert np.bincount(test.targets).min() >= 48
+
+
+def test_recipe_is_valid() -> None:
+    found = recipe.load(FOLDER)
+    assert found.sheet.budget.score_drop == 0.005
+    assert len(found.passes) == 1
+    assert len(found.exporters) == 2
+
+
+def test_template_is_valid_and_its_options_exist() -> None:
+    lines = TEMPLATE.read_text(encoding="utf-8")
+    recipe.Sheet.model_validate(tomllib.loads(lines))
+    on = [line.removeprefix("# ") for line in lines.splitlines() if line.startswith(("# [budget", "# score", "# size"))]
+    recipe.Sheet.model_validate(tomllib.loads(lines + "\n".join(on)))
+    assert max(map(len, lines.splitlines())) <= 120
+
+
+@pytest.mark.slow
+def test_training_can_be_repeated(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="pip install scikit-learn")
+    for name in ("train.py", "models.py"):
+        shutil.copy(FOLDER / name, tmp_path)
+    subprocess.run([sys.executable, "train.py"], cwd=tmp_path, check=True, timeout=300)
+    for name in ("train.npz", "test.npz"):
+        assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes()
+    assert score(tmp_path) >= 0.98
