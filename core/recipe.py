@@ -34,23 +34,23 @@ class Model(Section):
 
     module: str = Field(description="file.py:callable, package.module:callable, timm:NAME, torchvision:NAME, "
                         "transformers:NAME, a .pt2 or an .onnx")  # fmt: skip
-    weights: str | None = Field(None, description="safetensors, or a .pt/.pth that holds tensors only")
+    weights: str | None = Field(default=None, description="safetensors, or a .pt/.pth that holds tensors only")
     options: Table = Field(default_factory=dict, description="keyword arguments of the callable")
 
 
 class DataSection(Section):
     """Where samples come from: an .npz, an image folder, a pair of folders or a callable."""
 
-    data: str | None = Field(None, description=".npz with x and y, image folder, or file.py:callable")
-    inputs: str | None = Field(None, description="folder of input images (with targets)")
-    targets: str | None = Field(None, description="folder of target images, matched by file name")
-    samples: Annotated[int, Field(ge=1)] | None = Field(None, description="how many to use, default all")
-    seed: int = Field(0, description="orders the images within each class")
-    prefix: str = Field("", description="of the arrays in an .npz: test_ reads test_x and test_y")
+    data: str | None = Field(default=None, description=".npz with x and y, image folder, or file.py:callable")
+    inputs: str | None = Field(default=None, description="folder of input images (with targets)")
+    targets: str | None = Field(default=None, description="folder of target images, matched by file name")
+    samples: Annotated[int, Field(ge=1)] | None = Field(default=None, description="how many to use, default all")
+    seed: int = Field(default=0, description="orders the images within each class")
+    prefix: str = Field(default="", description="of the arrays in an .npz: test_ reads test_x and test_y")
     layout: str | None = Field(
         None, description="NCHW or NHWC of the images in an .npz, where the shape leaves it open"
     )
-    masks: bool = Field(False, description="targets are class indices per pixel")
+    masks: bool = Field(default=False, description="targets are class indices per pixel")
     options: Table = Field(default_factory=dict, description="keyword arguments of the callable")
 
 
@@ -63,14 +63,14 @@ class InputSection(Section):
     mean: list[float] = Field(default_factory=list)
     std: list[float] = Field(default_factory=list)
     scale: float = 1.0
-    resize: int | None = Field(None, description="short side in pixels before the centre crop")
+    resize: int | None = Field(default=None, description="short side in pixels before the centre crop")
     dynamic: list[str] | dict[str, int] = Field(default_factory=lambda: ["batch"])
 
 
 class TaskSection(Section):
     """What the network is for."""
 
-    input: InputSection | None = Field(None, description="the only input, named 'input'")
+    input: InputSection | None = Field(default=None, description="the only input, named 'input'")
     inputs: dict[str, InputSection] = Field(default_factory=dict, description="several inputs, by name")
     outputs: list[str] = Field(default_factory=list, description="names of the outputs")
     calibration: DataSection | None = None
@@ -84,17 +84,17 @@ class ProfileSection(Section):
     """One measurement of every exported artifact that the runtime reads."""
 
     device: Table = Field(default_factory=lambda: {"use": "host"}, description="use, its options, and threads")
-    runtime: str | Table | None = Field(None, description="default: the first engine that reads the format")
-    seconds: Positive = Field(60.0, description="stop after this long")
+    runtime: str | Table | None = Field(default=None, description="default: the first engine that reads the format")
+    seconds: Positive = Field(default=60.0, description="stop after this long")
     instances: Annotated[int, Field(ge=2)] = 5
 
 
 class Budget(Section):
     """What must hold; otherwise exit status 4."""
 
-    score_drop: Annotated[float, Field(ge=0)] | None = Field(None, description="absolute, in the metric's fraction")
-    size_ratio: Positive | None = Field(None, description="model files / float size")
-    latency_ratio: Positive | None = Field(None, description="latency / that of the baseline on the same engine")
+    score_drop: Annotated[float, Field(ge=0)] | None = Field(default=None, description="absolute, in the metric's fraction")
+    size_ratio: Positive | None = Field(default=None, description="model files / float size")
+    latency_ratio: Positive | None = Field(default=None, description="latency / that of the baseline on the same engine")
 
 
 class Sheet(Section):
@@ -105,7 +105,7 @@ class Sheet(Section):
     compress: list[Table] = Field(default_factory=list)
     export: list[Table] = Field(default_factory=list)
     profile: list[ProfileSection] = Field(default_factory=list)
-    budget: Budget = Budget()
+    budget: Budget = Field(default_factory=lambda: Budget())
 
 
 @dataclass(frozen=True)

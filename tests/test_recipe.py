@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import edgepack
 import pytest
+
+import edgepack
 from edgepack import recipe
 from edgepack.contracts import Exporter, Pass
 from edgepack.errors import InputError, RecipeError
@@ -118,7 +119,8 @@ def test_passes_in_a_wrong_order_are_refused_with_the_right_one(folder: Path) ->
 
 def test_overrides_reach_tables_and_list_entries(folder: Path) -> None:
     loaded = recipe.load(
-        folder, ["task.input.scale=1", "export.small.precision=float32", "compress.0.leave=['head']", "model.options.n=3"]
+        folder,
+        ["task.input.scale=1", "export.small.precision=float32", "compress.0.leave=['head']", "model.options.n=3"],
     )
     assert loaded.sheet.task.input is not None
     assert loaded.sheet.task.input.scale == 1
