@@ -1,0 +1,615 @@
+"""Batch norm folding: exact where it is done, left and named where it is not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
+
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+from torch.nn.modules.batchnorm import _BatchNorm  # noqa: E402
+
+from edgepack.compress.fold import Fold  # noqa: E402
+from edgepack.errors import InputError, ParityError  # noqa: E402
+from edgepack.task import Input, Task  # noqa: E402
+
+CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+FEW = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(FEW, max_examples=150)
+
+
+class Notes:
+    """The part of a run that folding uses."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+
+def task(*shape: int, dtype: str = "float32") -> Task:
+    return Task(inputs=(Input("x", shape, dtype=dtype, dynamic={"batch": 0}),))
+
+
+def norms(module: nn.Module) -> int:
+    return sum(isinstance(layer, _BatchNorm) for layer in module.modules())
+
+
+def scramble(module: nn.Module, seed: int = 0, hard: bool = False, calm: bool = False) -> nn.Module:
+    """Random statistics; ``hard`` adds zero and negative γ and tiny variances, ``calm`` is as trained networks are."""
+    offset, widest = (0.3, 1.5) if calm else (1.0, 2.0)
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(tensor: Any, low: float, high: float) -> None:
+        tensor.data = torch.rand(tensor.shape, generator=random, dtype=tensor.dtype) * (high - low) + low
+
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
+            draw(layer.running_mean, -offset, offset)
+            draw(layer.running_var, 0.2, 2 * widest)
+            if layer.affine:
+                draw(layer.weight, -2 if hard else 0.5, widest)
+                draw(layer.bias, -offset, offset)
+            if hard:
+                layer.running_var[0] = 1e-9
+                if layer.affine and layer.num_features > 1:
+                    layer.weight.data[1] = 0
+    return module.eval()
+
+
+def fold(module: nn.Module, job: Task, **options: Any) -> tuple[nn.Module, Notes]:
+    notes = Notes()
+    return Fold(**options).apply(module, job, notes), notes  # type: ignore[arg-type]
+
+
+def relative(this: Any, that: Any) -> float:
+    return float((this.double() - that.double()).abs().max() / that.double().abs().max().clamp_min(1e-30))
+
+
+def check(module: nn.Module, *shape: int, left: int = 0, limit: float = 1e-5, dtype: str = "float32") -> Notes:
+    """Fold a copy and compare with a float64 reference of the original, on a batch that folding did not see."""
+    x = torch.randn(3, *shape[1:], generator=torch.Generator().manual_seed(7), dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        want = copy.deepcopy(module).double()(x.double())
+        folded, notes = fold(module, task(*shape, dtype=dtype))
+        assert norms(folded) == left, notes.text
+        assert relative(folded(x), want) <= limit
+    return notes
+
+
+@st.composite
+def layers(draw: Any) -> tuple[nn.Module, int, int, int, bool]:
+    """A convolution, transposed convolution or linear layer, its channels in and out, its dimensions, its taps."""
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    dims = draw(st.integers(0, 3))
+    bias = draw(st.booleans())
+    if dims == 0:
+        return nn.Linear(6, 5, bias=bias), 6, 5, 0, True
+    groups = draw(st.sampled_from([1, 2, 6]))
+    channels_out = draw(st.sampled_from([6, 12]))
+    kernel, stride, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    padding = draw(st.integers(0, 2))
+    options: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups, "bias": bias}
+    if draw(st.booleans()):
+        extra = draw(st.integers(0, max(stride, dilation) - 1))
+        layer = TRANSPOSED[dims - 1](6, channels_out, kernel, padding=padding, output_padding=extra, **options)
+        return layer, 6, channels_out, dims, stride == 1 and padding - extra >= dilation * (kernel - 1)
+    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    layer = CONV[dims - 1](6, channels_out, kernel, padding=padding, padding_mode=mode, **options)
+    return layer, 6, channels_out, dims, padding == 0 or mode != "zeros"
+
+
+def norm(dims: int, channels: int, **options: Any) -> nn.Module:
+    return NORM[max(dims, 1) - 1](channels, **options)
+
+
+def norm_after(drawn: Any, affine: bool, seed: int) -> None:
+    layer, _, channels, dims, _ = drawn
+    module = scramble(nn.Sequential(layer, norm(dims, channels, affine=affine)), seed, hard=True)
+    check(module, 1, 6, *[7] * dims)
+
+
+def norm_before(drawn: Any, affine: bool, seed: int) -> None:
+    layer, channels, _, dims, exact = drawn
+    module = scramble(nn.Sequential(norm(dims, channels, affine=affine), layer), seed, hard=True)
+    notes = check(module, 1, 6, *[7] * dims, left=0 if exact else 1)
+    assert exact or "left 0: its input is the network's input, 1 sees zeros beside its output" in notes.text
+
+
+def norms_around(drawn: Any, affine: bool, seed: int) -> None:
+    layer, inner, channels, dims, exact = drawn
+    module = nn.Sequential(norm(dims, inner, affine=affine), layer, norm(dims, channels), norm(dims, channels))
+    check(scramble(module.double(), seed), 1, 6, *[7] * dims, left=0 if exact else 1, limit=1e-10, dtype="float64")
+
+
+@FEW
+@given(layers(), st.booleans(), st.integers(0, 1000))
+def test_norm_after_any_layer_goes(drawn: Any, affine: bool, seed: int) -> None:
+    norm_after(drawn, affine, seed)
+
+
+@FEW
+@given(layers(), st.booleans(), st.integers(0, 1000))
+def test_norm_before_a_layer_goes_only_where_exact(drawn: Any, affine: bool, seed: int) -> None:
+    norm_before(drawn, affine, seed)
+
+
+@FEW
+@given(layers(), st.booleans(), st.integers(0, 1000))
+def test_in_double_precision_folding_is_exact_to_1e_10(drawn: Any, affine: bool, seed: int) -> None:
+    norms_around(drawn, affine, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [norm_after, norm_before, norms_around])
+def test_every_order_on_many_layers(order: Callable[[Any, bool, int], None]) -> None:
+    MANY(given(layers(), st.booleans(), st.integers(0, 1000))(order))()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_zero_padding_is_exact_where_the_norm_does_not_shift(transposed: bool) -> None:
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    module = scramble(nn.Sequential(nn.BatchNorm2d(4), kind(4, 6, 3, padding=1, stride=2)))
+    module[0].bias.data = module[0].running_mean * module[0].weight.data * 0
+    module[0].running_mean.zero_()
+    check(module, 1, 4, 8, 8)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_padding_given_as_a_word(padding: str) -> None:
+    check(scramble(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1, padding=padding))), 1, 4, 8, 8)
+    module = scramble(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=padding)))
+    check(module, 1, 4, 8, 8, left=int(padding == "same"))
+
+
+def test_norms_in_a_row_become_one_and_then_none() -> None:
+    check(scramble(nn.Sequential(nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3))), 1, 4, 8, 8)
+    check(scramble(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.BatchNorm2d(6))), 1, 4, 8, 8)
+    notes = check(scramble(nn.Sequential(nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4))), 1, 4, 8, 8, left=1)
+    assert "left 0: its input is the network's input, its output goes to the network's output" in notes.text
+
+
+@pytest.mark.parametrize(
+    ("between", "shape", "left"),
+    [
+        (nn.ReLU(), (1, 4, 8, 8), 1),
+        (nn.MaxPool2d(2), (1, 4, 8, 8), 1),
+        (nn.Dropout(), (1, 4, 8, 8), 0),
+        (nn.Dropout2d(), (1, 4, 8, 8), 0),
+        (nn.Identity(), (1, 4, 8, 8), 0),
+        (nn.ReflectionPad2d(2), (1, 4, 8, 8), 0),
+        (nn.ZeroPad2d(2), (1, 4, 8, 8), 1),
+        (nn.ConstantPad2d(1, 3.0), (1, 4, 8, 8), 1),
+        (nn.ZeroPad2d(-1), (1, 4, 8, 8), 0),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_what_may_stand_between(between: nn.Module, shape: tuple[int, ...], left: int) -> None:
+    check(scramble(nn.Sequential(nn.Conv2d(4, 6, 3), between, nn.BatchNorm2d(6))), *shape, left=left)
+    check(scramble(nn.Sequential(nn.BatchNorm2d(4), between, nn.Conv2d(4, 6, 3))), *shape, left=left)
+
+
+def test_sync_batch_norm_goes() -> None:
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)))
+    assert isinstance(module[1], nn.SyncBatchNorm)
+    check(scramble(module), 1, 4, 8, 8)
+
+
+class Tokens(nn.Module):
+    """Linear layers on (batch, tokens, channels) with a norm over the channels, in three spellings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
+        self.norm1, self.norm2, self.norm3 = nn.BatchNorm1d(6), nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+
+    def forward(self, x: Any) -> Any:
+        y = self.first(x)
+        x = x + self.norm1(y.flatten(0, 1)).reshape_as(y)
+        x = F.gelu(self.norm2(self.second(x).transpose(1, 2)).transpose(1, 2))
+        return self.third(self.norm3(x.permute(0, 2, 1)).permute(0, 2, 1))
+
+
+def test_norms_of_tokens_go_through_reshaping() -> None:
+    check(scramble(Tokens()), 1, 5, 6)
+
+
+def test_a_norm_over_another_axis_stays() -> None:
+    notes = check(scramble(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))), 1, 6, 6, left=1)
+    assert "0 has its channels on another axis" in notes.text
+    notes = check(scramble(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 6))), 1, 6, 6, left=1)
+    assert "1 has its channels on another axis" in notes.text
+
+
+class Cases(nn.Module):
+    """A convolution and a norm, used as ``how`` says."""
+
+    def __init__(self, how: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.how = how
+        self.conv, self.norm, self.other = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x: Any) -> Any:
+        return self.how(self, x)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (lambda m, x: m.norm(y := m.conv(x)) + y, "other operators also read conv (Conv2d) before it"),
+        (lambda m, x: m.norm(torch.cat([m.conv(x), x], 2)), "its input is a concatenation"),
+        (lambda m, x: m.norm(m.conv(x).sigmoid()), "its input is sigmoid"),
+        (lambda m, x: m.norm(F.conv2d(x, m.conv.weight)), "its input is conv2d"),
+        (lambda m, x: m.norm(m.conv(x)) + m.conv.weight.sum(), "also used outside of the layer"),
+        (lambda m, x: m.norm(m.conv(x)) + m.norm.weight.sum(), "also used outside of the layer"),
+        (lambda m, x: m.norm(m.conv(x).flip(1)), "its input is flip"),
+    ],
+)
+def test_what_stays_is_named_with_the_reason(how: Callable[[Any, Any], Any], reason: str) -> None:
+    notes = check(scramble(Cases(how)), 1, 4, 5, 5, left=2)
+    assert "left norm: " in notes.text
+    assert reason in notes.text
+
+
+def test_a_functional_norm_is_named() -> None:
+    def how(m: Any, x: Any) -> Any:
+        return m.other(m.conv(F.batch_norm(x, m.norm.running_mean, m.norm.running_var)))
+
+    assert "left forward: a batch norm is called as a function" in check(scramble(Cases(how)), 1, 4, 5, 5, left=1).text
+
+
+def test_batch_statistics_and_bad_statistics_stay() -> None:
+    module = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, track_running_stats=False)).eval()
+    folded, notes = fold(module, task(1, 4, 8, 8))
+    assert norms(folded) == 1
+    assert "left 1: it uses the statistics of the batch, not running ones" in notes.text
+    module = scramble(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)))
+    module[1].running_var[0] = -1.0
+    folded, notes = fold(module, task(1, 4, 8, 8))
+    assert norms(folded) == 1
+    assert "left 1: its statistics are not finite" in notes.text
+
+
+def test_computed_weights_stay() -> None:
+    module = scramble(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6)))
+    folded, notes = fold(module, task(1, 4, 8, 8))
+    assert norms(folded) == 1
+    assert "0 cannot be edited (its weight is computed, not a plain parameter)" in notes.text
+
+
+def test_weights_that_would_overflow_stay() -> None:
+    module = scramble(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, eps=1e-12))).half()
+    module[1].running_var[0] = 0.0
+    module[1].running_mean[0] = 0.0
+    module[0].weight.data[0] = 1.0
+    folded, notes = fold(module, task(1, 4, 8, 8, dtype="float16"))
+    assert norms(folded) == 1
+    assert "left 1: merged weights overflow float16" in notes.text
+    assert bool((module[0].weight[0] == 1).all())
+
+
+def test_half_precision_folds() -> None:
+    module = scramble(nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6))).half()
+    folded, _ = fold(module, task(1, 4, 8, 8, dtype="float16"))
+    assert norms(folded) == 0
+    assert folded[0].weight.dtype == folded[0].bias.dtype == torch.float16
+
+
+def test_types_must_agree() -> None:
+    module = nn.Sequential(nn.Conv2d(4, 6, 3).half(), nn.BatchNorm2d(6))  # as mixed-precision checkpoints come
+    folded, notes = fold(scramble(module), task(1, 4, 8, 8, dtype="float16"))
+    assert norms(folded) == 1
+    assert "0 is float16, it is float32" in notes.text
+
+
+class Heads(nn.Module):
+    """One convolution shared by levels that have norms of their own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(4, 4, 1)
+        self.also = self.stem if how == "names" else None
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+
+    def forward(self, x: Any) -> Any:
+        second = self.stem if self.also is None else self.also
+        return F.relu(self.norms[0](self.stem(x))) + self.norms[1](second(x * 2))
+
+
+def test_a_shared_layer_under_two_names_is_cloned_in_place() -> None:
+    module = scramble(Heads("names"))
+    notes = check(module, 1, 4, 5, 5)
+    assert module.stem is not module.also
+    assert "is used 2 times, next to different layers: made separate copies" in notes.text
+    assert "20 parameters larger" not in notes.text  # two norms of 8 went, a convolution of 20 came
+
+
+def test_a_shared_block_is_cloned_down_to_its_layers() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+            self.b = self.a
+            self.norm1, self.norm2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x: Any) -> Any:
+            return self.norm2(self.b(self.norm1(self.a(x)).relu()))
+
+    module = scramble(Net())
+    check(module, 1, 4, 5, 5)
+    assert module.a[2] is not module.b[2]
+    assert module.a[0].weight is module.b[0].weight
+
+
+def test_a_layer_called_twice_under_one_name_is_cloned_in_a_traced_graph() -> None:
+    notes = check(scramble(Heads("calls")), 1, 4, 5, 5)
+    assert "the network continues as a traced graph" in notes.text
+
+
+def test_a_layer_called_twice_in_a_traced_graph_is_cloned_there() -> None:
+    module = torch.fx.symbolic_trace(scramble(Heads("calls")))
+    check(module, 1, 4, 5, 5)
+    assert torch.equal(module.stem.weight, module.stem_2.weight) is False
+
+
+def test_a_dict_stays_a_dict_in_a_traced_graph() -> None:
+    def how(m: Any, x: Any) -> Any:
+        return {"a": m.norm(m.conv(x)), "b": (m.other(m.conv(x * 2)),)}
+
+    module = scramble(Cases(how))
+    x = torch.randn(3, 4, 5, 5)
+    want = module(x)
+    folded, _ = fold(module, task(1, 4, 5, 5))
+    assert norms(folded) == 0
+    assert relative(folded(x)["a"].detach(), want["a"].detach()) < 1e-5
+    assert relative(folded(x)["b"][0].detach(), want["b"][0].detach()) < 1e-5
+
+
+def test_a_shared_pair_folds_without_a_copy() -> None:
+    def how(m: Any, x: Any) -> Any:
+        return m.norm(m.conv(m.norm(m.conv(x)).relu()))
+
+    module = scramble(Cases(how))
+    module.other = nn.Identity()
+    folded, notes = fold(module, task(1, 4, 5, 5))
+    assert folded is module
+    assert norms(folded) == 0
+    assert "copies" not in notes.text
+
+
+def test_one_norm_behind_two_layers_folds_into_both() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm = nn.Conv2d(4, 6, 1), nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6)
+
+        def forward(self, x: Any) -> Any:
+            return self.norm(self.a(x)) * self.norm(self.b(x))
+
+    check(scramble(Net()), 1, 4, 5, 5)
+
+
+def test_tied_parameters_are_not_changed_elsewhere() -> None:
+    module = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    module[3].weight = module[0].weight
+    check(scramble(module), 1, 4, 5, 5)
+
+
+def test_a_norm_that_brings_its_activation_leaves_it() -> None:
+    class NormAct(nn.BatchNorm2d):
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels)
+            self.drop, self.act = nn.Identity(), nn.SiLU()
+
+        def forward(self, x: Any) -> Any:
+            return self.act(self.drop(super().forward(x)))
+
+    module = scramble(nn.Sequential(nn.Conv2d(4, 6, 3), NormAct(6), nn.Conv2d(6, 4, 1)))
+    check(module, 1, 4, 8, 8)
+    assert isinstance(module[1].act, nn.SiLU)
+
+
+def test_a_norm_that_computes_more_stays() -> None:
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x) * 2
+
+    notes = check(scramble(nn.Sequential(nn.Conv2d(4, 6, 3), Doubled(6))), 1, 4, 8, 8, left=1)
+    assert "left 1: Doubled computes more than a batch norm" in notes.text
+
+
+def test_a_layer_that_ignores_its_bias_is_caught() -> None:
+    class Bare(nn.Conv2d):
+        def forward(self, x: Any) -> Any:
+            return F.conv2d(x, self.weight)
+
+    module = scramble(nn.Sequential(Bare(4, 6, 3, bias=False), nn.BatchNorm2d(6)))
+    with pytest.raises(ParityError, match="fold changed the network's answers") as caught:
+        fold(module, task(1, 4, 8, 8))
+    assert "leave = ['1']" in str(caught.value.hint)
+
+
+def test_a_network_that_amplifies_its_own_rounding_is_not_blamed_on_folding() -> None:
+    class Steep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
+
+        def forward(self, x: Any) -> Any:
+            return (self.norm(self.conv(x)) * 1000).sin()
+
+    torch.manual_seed(0)
+    folded, notes = fold(scramble(Steep()), task(1, 4, 8, 8))
+    assert norms(folded) == 0
+    assert notes.text.startswith("folded 1 batch norm")
+
+
+def test_a_traced_graph_folds_like_any_module() -> None:
+    module = torch.fx.symbolic_trace(scramble(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU())))
+    check(module, 1, 4, 8, 8)
+
+
+def test_folding_twice_changes_nothing() -> None:
+    module = scramble(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.BatchNorm2d(6)))
+    once, _ = fold(module, task(1, 4, 8, 8))
+    state = {key: value.clone() for key, value in once.state_dict().items()}
+    twice, _ = fold(once, task(1, 4, 8, 8))
+    assert state.keys() == twice.state_dict().keys()
+    assert all(torch.equal(value, state[key]) for key, value in twice.state_dict().items())
+
+
+def test_leave_names_layers_and_what_is_inside() -> None:
+    def net() -> nn.Module:
+        return scramble(nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)) for _ in range(3))))
+
+    for leave, left in [(("0",), 1), (("*.1",), 3), (("1.0", "2.*"), 2)]:
+        folded, notes = fold(net(), task(1, 4, 9, 9), leave=leave)
+        assert norms(folded) == left
+        assert "'leave' names" in notes.text
+
+
+def test_leave_is_checked() -> None:
+    with pytest.raises(ValueError, match="leave is a list of layer names"):
+        Fold(leave="conv")  # type: ignore[arg-type]
+    module = nn.Sequential(nn.Conv2d(4, 4, 3))
+    module.add_module("stem", nn.ReLU())
+    Fold(leave=("st*",)).check(module, task(1, 4, 9, 9))
+    with pytest.raises(InputError, match="no layer is called 'sten'") as caught:
+        Fold(leave=("sten",)).check(module, task(1, 4, 9, 9))
+    assert caught.value.hint == "did you mean 'stem'?"
+
+
+def test_the_note_gives_counts_and_the_largest_scale() -> None:
+    module = scramble(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, eps=0.0), nn.ReLU()))
+    module[1].running_var.fill_(1.0)
+    module[1].weight.data.fill_(-5.0)
+    notes = check(module, 1, 4, 8, 8)
+    assert notes.lines[0].startswith("folded 1 batch norm, left 0; outputs within ")
+    assert notes.lines[0].endswith("largest scale 5 at 1")
+
+
+def test_a_network_without_norms_is_not_traced() -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    folded, notes = fold(module, task(1, 3))  # the shape would not even fit
+    assert folded is module
+    assert notes.lines == ["nothing to fold: the network has no batch norm"]
+
+
+def test_a_fixed_batch_works() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
+
+        def forward(self, x: Any) -> Any:
+            return self.norm(self.conv(x)).reshape(1, 6, 36)
+
+    folded, _ = fold(scramble(Fixed()), Task(inputs=(Input("x", (1, 4, 8, 8), dynamic=()),)))
+    assert norms(folded) == 0
+
+
+def test_resnet20_with_its_trained_weights() -> None:
+    if not SHARED.exists():
+        pytest.skip("the trained weights are not there")
+    from safetensors.torch import load_file
+
+    module = ResNet20()
+    module.load_state_dict(load_file(SHARED / "resnet20_cifar10.safetensors"))
+    notes = check(module.eval(), 1, 3, 32, 32)
+    assert "folded 19 batch norms, left 0" in notes.text
+
+
+class Block(nn.Module):
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__()
+        self.stride = outer // inner
+        self.conv1 = nn.Conv2d(inner, outer, 3, stride=self.stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outer)
+        self.conv2 = nn.Conv2d(outer, outer, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outer)
+
+    def forward(self, x: Any) -> Any:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride != 1:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, x.shape[1] // 2, x.shape[1] // 2))
+        return F.relu(x + y)
+
+
+class ResNet20(nn.Module):
+    """He et al., CIFAR-10 variant with parameter-free shortcuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(Block(16, 16) for _ in range(3)))
+        self.layer2 = nn.Sequential(Block(16, 32), Block(32, 32), Block(32, 32))
+        self.layer3 = nn.Sequential(Block(32, 64), Block(64, 64), Block(64, 64))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Any) -> Any:
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(x.mean((2, 3)))
+
+
+ZOO = {
+    "torchvision:resnet18": 0,
+    "torchvision:resnet50": 0,
+    "torchvision:mobilenet_v2": 0,
+    "torchvision:shufflenet_v2_x1_0": 0,
+    "torchvision:densenet121": 62,
+    "torchvision:ssdlite320_mobilenet_v3_large": 0,
+    "timm:resnet50": 0,
+    "timm:efficientnet_b0": 0,
+    "timm:deit_small_patch16_224": 0,
+    "timm:convnext_atto": 0,
+    "timm:levit_128s": 0,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "left"), ZOO.items(), ids=list(ZOO))
+def test_zoo(name: str, left: int) -> None:
+    from edgepack.models import prepare_torchvision
+
+    prepare_torchvision()
+    source, _, model = name.partition(":")
+    library = pytest.importorskip(source, reason=f"pip install {source}")
+    torch.manual_seed(0)
+    if source == "timm":
+        module = library.create_model(model)
+    elif "ssdlite" in model:
+        from torchvision.models import detection
+
+        module = FirstOf(getattr(detection, model)(weights=None, weights_backbone=None).backbone)
+    else:
+        module = getattr(library.models, model)(weights=None)
+    # Wilder statistics make a deep random network amplify its own float32 rounding beyond the bound.
+    notes = check(scramble(module, calm=True), 1, 3, 224, 224, left=left)
+    assert not left or "its input is a concatenation" in notes.text
+
+
+class FirstOf(nn.Module):
+    """Last feature map of a backbone that returns several."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Any) -> Any:
+        return list(self.backbone(x).values())[-1]
