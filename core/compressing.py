@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepack import parts
-from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, describe_files, replacing
+from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, Parity, describe_files, replacing
 from edgepack.contracts import Graph, Pass
 from edgepack.errors import EdgepackError, StepError
 from edgepack.graph import capture, run_graph, run_module, save_graph
+from edgepack.parity import beside_original
 from edgepack.plan import Plan
 from edgepack.progress import Progress
 from edgepack.scoring import Network, beside, score
@@ -102,14 +103,19 @@ def compress(
     if passes:
         score_after = score(task, Network.of(after), lambda: reference, progress, "scoring the compressed")
 
-    facts = {"format": "pt2", "float_size_bytes": float_size, "versions": versions("numpy", "torch"), "dialect": "aten"}
-    baseline = Manifest(name="baseline", inputs=before.inputs, outputs=before.outputs,
-                        score=beside(score_before, score_before), **facts)  # type: ignore[arg-type]  # fmt: skip
-    _write(out / BASELINE / "pt2", before, None, Golden(inputs, answers, answers), baseline)
-    compressed = Manifest(name=COMPRESSED, inputs=after.inputs, outputs=after.outputs, history=tuple(history),
-                          score=beside(score_before, score_after), fingerprint=fingerprint, **facts)  # type: ignore[arg-type]  # fmt: skip
-    golden = Golden(inputs, answers, run_graph(after, inputs))
-    manifest = _write(out / COMPRESSED, after, plan, golden, compressed)
+    kept = Golden(inputs, answers, answers)
+    facts = Manifest(
+        format="pt2", name=BASELINE, dialect="aten", inputs=before.inputs, outputs=before.outputs,
+        parity=Parity("not run: this is the reference"), score=beside(score_before, score_before),
+        float_size_bytes=float_size, versions=versions("numpy", "torch"),
+    )  # fmt: skip
+    _write(out / BASELINE / "pt2", before, None, kept, facts)
+    kept = replace(kept, simulation=run_graph(after, inputs))
+    facts = replace(
+        facts, name=COMPRESSED, inputs=after.inputs, outputs=after.outputs, history=tuple(history),
+        parity=beside_original(after.outputs, kept), score=beside(score_before, score_after), fingerprint=fingerprint,
+    )  # fmt: skip
+    manifest = _write(out / COMPRESSED, after, plan, kept, facts)
     return result(out, manifest, False, time.perf_counter() - began)
 
 

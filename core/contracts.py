@@ -35,7 +35,7 @@ class Preprocessing:
         scale: divisor of the raw values (255 for 8-bit images), 1 for none.
         mean: per channel, in units of raw / scale; empty for zero.
         std: per channel; empty for one.
-        resize: short side in pixels before the centre crop (image files only), None: image files just cover height and width.
+        resize: short side in pixels before the centre crop of image files; None: they just cover height and width.
         crop: centre crop to the input's height and width (image files only).
     """
 

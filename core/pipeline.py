@@ -18,7 +18,7 @@ from edgepack.errors import BudgetError, InputError, IntegrityError, Measurement
 from edgepack.exporting import ExportResult, export
 from edgepack.measurement import Profile
 from edgepack.parity import check, runtime_for
-from edgepack.profiling import profile, profile_out
+from edgepack.profiling import profile, profile_out, store
 from edgepack.progress import Progress, Silent
 from edgepack.recipe import Measurement, Recipe, artifact_name, build
 from edgepack.versions import versions
@@ -69,19 +69,18 @@ def compress_recipe(recipe: Recipe, opts: Options) -> CompressResult:
 
 
 def export_recipe(recipe: Recipe, opts: Options) -> list[ExportResult]:
-    """Write every ``[[export]]`` of the recipe, verified and scored.
-
-    Raises:
-        BudgetError: an artifact misses the recipe's budget; all artifacts stay, marked.
-    """
+    """Write every ``[[export]]`` of the recipe, verified and scored; then ``hold_budget``."""
     if not recipe.exporters:
         raise InputError(f"{recipe.path.name} has no [[export]]", 'add [[export]] with use = "onnx"')
     out = opts.out or recipe.out
-    results = export(out, recipe.exporters, opts.progress, task_of(recipe), recipe.sheet.budget, opts.force)
+    return export(out, recipe.exporters, opts.progress, task_of(recipe), recipe.sheet.budget, opts.force)
+
+
+def hold_budget(results: Sequence[ExportResult]) -> None:
+    """Raises BudgetError when an artifact missed the recipe's budget; all artifacts stay, marked."""
     missed = [f"{r.artifact.manifest.name}: {text}" for r in results for text in r.artifact.manifest.budget_missed]
     if missed:
-        raise BudgetError("; ".join(missed), f"the artifacts stay in {out}, marked")
-    return results
+        raise BudgetError("; ".join(missed), "the artifacts stay, marked")
 
 
 def export_folder(folder: Path, to: Sequence[str], opts: Options) -> list[ExportResult]:
@@ -95,10 +94,9 @@ def export_folder(folder: Path, to: Sequence[str], opts: Options) -> list[Export
 
 
 def profile_recipe(recipe: Recipe, opts: Options) -> list[Profile]:
-    """Run every ``[[profile]]`` of the recipe; the host with one thread if it has none.
+    """Run every ``[[profile]]`` of the recipe, the host with one thread if it has none; then ``hold_latency``.
 
-    Raises:
-        BudgetError: latency_ratio is missed. MeasurementError: it cannot be told.
+    Profiles of an earlier run are replaced.
     """
     out = opts.out or recipe.out
     names = [artifact_name(item) for item in recipe.exporters]
@@ -106,7 +104,7 @@ def profile_recipe(recipe: Recipe, opts: Options) -> list[Profile]:
     found: list[Profile] = []
     for item in recipe.measurements or (Measurement(device(), None, Settings()),):
         found += profile_out(out, names, item.device, item.runtime, item.settings, opts.progress)
-    _hold_latency(recipe.sheet.budget.latency_ratio, found)
+    store(out, found)
     return found
 
 
@@ -202,7 +200,13 @@ def _labels(labels: Sequence[str] | str, folder: Path) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def _hold_latency(limit: float | None, profiles: Sequence[Profile]) -> None:
+def hold_latency(recipe: Recipe, profiles: Sequence[Profile]) -> None:
+    """Hold measured ratios against the recipe's budget.
+
+    Raises:
+        BudgetError: latency_ratio is missed. MeasurementError: it cannot be told.
+    """
+    limit = recipe.sheet.budget.latency_ratio
     ratios = [(item.label, item.ratio) for item in profiles if item.ratio is not None]
     if limit is None:
         return

@@ -33,10 +33,12 @@ def profile(
     runtime: Runtime | None,
     settings: Settings,
     progress: Progress,
+    below: Path | None = None,
 ) -> list[Profile]:
     """Measure artifacts in one interleaved run; ratios are against the first.
 
     Args:
+        below: folder that labels are relative to; None for the shortest names that tell them apart.
         runtime: the engine for all of them; None takes the first installed engine that reads each format.
 
     Raises:
@@ -45,7 +47,7 @@ def profile(
     """
     contenders = [
         Contender(label, artifact, _engine(artifact, runtime))
-        for label, artifact in zip(_labels(artifacts), artifacts, strict=True)
+        for label, artifact in zip(_labels(artifacts, below), artifacts, strict=True)
     ]
     names = ", ".join(contender.label for contender in contenders)
     step, shown = progress.start(f"measuring {names}", 100), [0]
@@ -66,7 +68,7 @@ def profile_out(
     settings: Settings,
     progress: Progress,
 ) -> list[Profile]:
-    """Measure exported artifacts, each format in one run beside its baseline, and store ``profiles/*.json``."""
+    """Measure exported artifacts, each format in one run beside its baseline."""
     groups: dict[str, list[Artifact]] = {}
     for name in names:
         artifact = Artifact.open(out / name)
@@ -78,11 +80,20 @@ def profile_out(
     for format_name, artifacts in groups.items():
         baseline = out / BASELINE / format_name
         first = [Artifact.open(baseline)] if (baseline / MANIFEST).exists() else []
-        found = profile([*first, *artifacts], device, runtime, settings, progress)
-        for item in found:
-            _store(out, item, parts.name_of(device))
-        profiles += found
+        profiles += profile([*first, *artifacts], device, runtime, settings, progress, out)
     return profiles
+
+
+def store(out: Path, profiles: Sequence[Profile]) -> None:
+    """Write ``profiles/*.json``, in place of those of an earlier run."""
+    written = set()
+    for item in profiles:
+        engine = item.runtime.partition(" ")[0]
+        path = out / PROFILES / f"{item.label.replace('/', '-')}.{engine}.t{item.threads}.json"
+        write_text(path, json.dumps(item.to_json(), indent=2, allow_nan=False) + "\n")
+        written.add(path)
+    for path in set((out / PROFILES).glob("*.json")) - written:
+        path.unlink()
 
 
 def time_modules(module: nn.Module, against: nn.Module, task: Task, workdir: Path) -> Ratio:
@@ -123,19 +134,15 @@ def _engine(artifact: Artifact, runtime: Runtime | None) -> Runtime:
     return runtime
 
 
-def _labels(artifacts: Sequence[Artifact]) -> list[str]:
-    """Short names, unique: the artifact's, with as much of its path as it takes."""
+def _labels(artifacts: Sequence[Artifact], below: Path | None) -> list[str]:
+    """Short names, unique."""
+    if below is not None:
+        return [artifact.folder.relative_to(below).as_posix() for artifact in artifacts]
     for depth in range(1, 10):
         labels = ["/".join(artifact.folder.resolve().parts[-depth:]) for artifact in artifacts]
         if len(set(labels)) == len(labels):
             return labels
     return [f"{chr(ord('A') + index)}:{artifact.folder.name}" for index, artifact in enumerate(artifacts)]
-
-
-def _store(out: Path, item: Profile, device: str) -> None:
-    engine = item.runtime.partition(" ")[0]
-    name = f"{item.label.replace('/', '-')}.{device}.{engine}.t{item.threads}.json"
-    write_text(out / PROFILES / name, json.dumps(item.to_json(), indent=2, allow_nan=False) + "\n")
 
 
 def _made(folder: Path) -> Path:

@@ -92,9 +92,9 @@ class ProfileSection(Section):
 class Budget(Section):
     """What must hold; otherwise exit status 4."""
 
-    score_drop: Annotated[float, Field(ge=0)] | None = Field(default=None, description="absolute, in the metric's fraction")
+    score_drop: Annotated[float, Field(ge=0)] | None = Field(default=None, description="absolute, as a fraction")
     size_ratio: Positive | None = Field(default=None, description="model files / float size")
-    latency_ratio: Positive | None = Field(default=None, description="latency / that of the baseline on the same engine")
+    latency_ratio: Positive | None = Field(default=None, description="latency / baseline's on the same engine")
 
 
 class Sheet(Section):

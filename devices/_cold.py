@@ -96,7 +96,7 @@ def _spawn(contender: Contender, threads: int) -> Cold:
 
 def main(words: list[str]) -> None:
     folder, name, threads, options = words
-    runtime = parts.find(Runtime, name)(**json.loads(options))  # type: ignore[type-abstract]
+    runtime = parts.find(Runtime, name)(**json.loads(options))
     cold = measure_here(Path(folder), runtime, int(threads))
     sys.stdout.write(json.dumps(vars(cold)) + "\n")
 

@@ -18,7 +18,7 @@ WINDOW_S = 2.0
 
 def meters() -> list[Meter]:
     """Every meter edgepack knows, with default options."""
-    return [parts.find(Meter, name)() for name in parts.names(Meter)]  # type: ignore[type-abstract]
+    return [parts.find(Meter, name)() for name in parts.names(Meter)]
 
 
 def energies(

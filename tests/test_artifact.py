@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from edgepack import artifact as artifacts
 from edgepack.artifact import Artifact, Golden, Manifest, describe_files, recover, replacing
 from edgepack.contracts import Preprocessing, TensorSpec

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from edgepack.artifact import Manifest
 from edgepack.contracts import Graph
 from edgepack.errors import EdgepackError, InputError, Unsupported
 from edgepack.graph import capture, load_graph, run_graph, run_module, save_graph, with_front
 from edgepack.task import Input, Task
-from torch import nn
 
 
 def image_task(*dynamic: str) -> Task:
@@ -25,7 +26,9 @@ def image_task(*dynamic: str) -> Task:
 
 def small_net() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 1), nn.PixelShuffle(2))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 1), nn.PixelShuffle(2)
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -52,7 +55,11 @@ def test_saving_and_loading_keeps_the_answers_and_no_source_paths(tmp_path: Path
 def test_normalize_takes_raw_pixels() -> None:
     net, task = small_net(), image_task()
     front = with_front(capture(net, task), None, True)
-    assert (front.inputs[0].dtype, front.inputs[0].layout, front.inputs[0].shape) == ("uint8", "NHWC", ("batch", 16, 24, 3))
+    assert (front.inputs[0].dtype, front.inputs[0].layout, front.inputs[0].shape) == (
+        "uint8",
+        "NHWC",
+        ("batch", 16, 24, 3),
+    )
     assert front.preprocessing == {}
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), dtype=np.uint8)
     x = ((pixels / 255 - task.inputs[0].mean) / task.inputs[0].std).transpose(0, 3, 1, 2).astype(np.float32)

@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from edgepack import parity
 from edgepack.artifact import Artifact, Golden, Manifest, describe_files
 from edgepack.contracts import Runtime, TensorSpec
 from edgepack.errors import ParityError, Unsupported
-from hypothesis import given
-from hypothesis import strategies as st
 
 Array = np.ndarray[Any, Any]
 

@@ -1,0 +1,405 @@
+"""The command line: one command per verb, thin over ``edgepack.pipeline``. Work is imported when a command runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from edgepack._failure import status
+from edgepack.errors import BudgetError, EdgepackError, InputError, MeasurementError, nearest
+
+if TYPE_CHECKING:
+    from edgepack._console import Screen
+    from edgepack.contracts import Settings
+    from edgepack.measurement import Profile
+    from edgepack.pipeline import Options
+    from edgepack.recipe import Measurement, Recipe
+
+RECIPE = Path("edgepack.toml")
+
+app = typer.Typer(
+    name="edgepack",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with:  edgepack init --example digits demo  and then  edgepack run demo",
+)
+
+Json = dict[str, Any]
+Target = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, or the folder with it.")]
+Targets = Annotated[list[Path] | None, typer.Argument(metavar="RECIPE|FOLDER", help="A recipe or folders.")]
+Runtime = Annotated[str | None, typer.Option(metavar="NAME", help="Engine; default the first that reads the format.")]
+Threads = Annotated[int | None, typer.Option(min=1, show_default="1", help="Threads of the engine.")]
+Seconds = Annotated[float | None, typer.Option(min=0.1, show_default="60", help="Measure for at most this long.")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """The options that several commands share."""
+
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Results; default edgepack-out beside it.")] = None
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: export.onnx.name=x.")
+    ] = None
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False
+    force: Annotated[bool, typer.Option("--force", help="Do again (or replace) what is there.")] = False
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")] = False
+    verbose: Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say more; -vv for everything.")] = 0
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only errors (and the JSON document).")] = False
+
+    @property
+    def screen(self) -> Screen:
+        from edgepack._console import screen
+
+        return screen(self.as_json, self.quiet)
+
+    def recipe(self, path: Path) -> Recipe:
+        from edgepack import recipe
+
+        return recipe.load(path, self.overrides or ())
+
+    def options(self) -> Options:
+        from edgepack.pipeline import Options
+
+        return Options(out=self.out, force=self.force, progress=self.screen.progress)
+
+
+ALWAYS = ("as_json", "verbose", "quiet")
+WORK = ("out", "overrides", "dry_run", "force")
+
+
+def verb(*shared: str, examples: str) -> Callable[[Callable[..., Json]], Callable[..., Json]]:
+    """Register a command that also takes the shared options named; they arrive as its first argument.
+
+    What the command returns is the JSON document of ``--json``.
+    """
+
+    def register(function: Callable[..., Json]) -> Callable[..., Json]:
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        fields = inspect.signature(Call, eval_str=True).parameters
+        others = [fields[name] for name in (*shared, *ALWAYS)]
+
+        def command(**values: Any) -> None:
+            call = Call(**{item.name: values.pop(item.name) for item in others})
+            _log(call.verbose)
+            try:
+                document = function(call, **values)
+            finally:
+                call.screen.progress.done()
+            call.screen.result(document)
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        signature = inspect.Signature([item.replace(kind=keyword) for item in (*own, *others)])
+        command.__signature__ = signature  # type: ignore[attr-defined]
+        command.__annotations__ = {item.name: item.annotation for item in (*own, *others)}
+        command.__doc__ = function.__doc__
+        epilog = "\n\n".join(["Examples:", *examples.splitlines()])
+        app.command(function.__name__.rstrip("_"), epilog=epilog)(command)
+        return function
+
+    return register
+
+
+@app.callback(invoke_without_command=True)
+def _edgepack(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+) -> None:
+    """Make a trained vision model small and fast, and prove on every target that it still works."""
+    if version:
+        from edgepack.versions import installed
+
+        typer.echo(f"edgepack {installed('edgepack')}")
+        raise typer.Exit
+
+
+@verb("force", examples="edgepack init\nedgepack init --example digits demo")
+def init(
+    call: Call,
+    folder: Annotated[Path, typer.Argument(help="Where to write.")] = Path(),
+    example: Annotated[str | None, typer.Option(metavar="NAME", help="Copy a complete example: digits.")] = None,
+) -> Json:
+    """Write a commented recipe to start from, or a complete example."""
+    from edgepack.artifact import storage_errors
+
+    package = resources.files("edgepack")
+    with resources.as_file(package / ("templates" if example is None else "examples")) as home:
+        if example is not None:
+            choices = sorted(path.name for path in home.iterdir() if (path / RECIPE).exists())
+            if example not in choices:
+                raise InputError(f"there is no example {example!r}", nearest(example, choices))
+            home = home / example
+        sources = sorted(path for path in home.iterdir() if path.is_file())
+        taken = [path.name for path in sources if (folder / path.name).exists()]
+        if taken and not call.force:
+            raise InputError(f"{folder} already has {', '.join(taken)}", "--force replaces")
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in sources:
+                shutil.copyfile(path, folder / path.name)
+    files = [str(folder / path.name) for path in sources]
+    step = "edit it, then: edgepack compress && edgepack export" if example is None else f"next: edgepack run {folder}"
+    call.screen.say(f"wrote {', '.join(files)}\n{step}")
+    return {"files": files}
+
+
+@verb(*WORK, examples="edgepack compress\nedgepack compress my/edgepack.toml --set compress.fold.leave='[\"head\"]'")
+def compress(call: Call, recipe: Target = RECIPE) -> Json:
+    """Apply the recipe's passes and write compressed/, ready to export."""
+    from edgepack import _tables, pipeline
+
+    loaded = call.recipe(recipe)
+    if call.dry_run:
+        return _plan(call, loaded, "compress")
+    result = pipeline.compress_recipe(loaded, call.options())
+    call.screen.show(_tables.compressed(result))
+    call.screen.say(f"{result.folder} {_when(result.up_to_date, result.seconds)}\nnext: edgepack export {recipe}")
+    return result.to_json()
+
+
+@verb(*WORK, examples="edgepack export\nedgepack export edgepack-out --to onnx --to openvino")
+def export(
+    call: Call,
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE|FOLDER", help="The recipe, or an output folder with --to.")
+    ] = RECIPE,
+    to: Annotated[list[str] | None, typer.Option(metavar="FORMAT", help="Format, for a folder; may repeat.")] = None,
+) -> Json:
+    """Write the artifacts the recipe asks for, each checked against its golden answers."""
+    from edgepack import _tables, pipeline
+
+    if to:
+        if call.dry_run:
+            return _show_plan(call, [{"stage": "export", "part": name, "options": {}} for name in to])
+        results = pipeline.export_folder(recipe, to, call.options())
+    else:
+        loaded = call.recipe(recipe)
+        if call.dry_run:
+            return _plan(call, loaded, "export")
+        results = pipeline.export_recipe(loaded, call.options())
+    call.screen.show(_tables.exported(results))
+    for result in results:
+        call.screen.say(f"{result.artifact.folder} {_when(result.up_to_date, result.seconds)}")
+    pipeline.hold_budget(results)
+    return {"artifacts": [result.to_json() for result in results]}
+
+
+@verb(*WORK, examples="edgepack run\nedgepack run demo --json > result.json")
+def run(call: Call, recipe: Target = RECIPE) -> Json:
+    """All stages: compress, export, profile, report."""
+    from edgepack import pipeline
+
+    loaded = call.recipe(recipe)
+    if call.dry_run:
+        return _plan(call, loaded, "compress", "export", "profile")
+    document: Json = {"compress": compress(call, recipe)}
+    failure: EdgepackError | None = None
+    stages: dict[str, Callable[[], Json]] = {
+        "export": lambda: export(call, recipe),
+        "profile": lambda: profile(call, [recipe]),
+    }
+    for name, stage in stages.items():
+        try:
+            document[name] = stage()
+        except (BudgetError, MeasurementError) as error:
+            failure = failure or error
+    path = pipeline.report_recipe(call.out or loaded.out)
+    call.screen.say(f"report: {path.resolve()}")
+    if failure is not None:
+        raise failure
+    return {**document, "report": str(path)}
+
+
+@verb(*WORK, examples="edgepack profile --threads 2\nedgepack profile edgepack-out/onnx edgepack-out/openvino")
+def profile(
+    call: Call,
+    targets: Targets = None,
+    runtime: Runtime = None,
+    threads: Threads = None,
+    seconds: Seconds = None,
+) -> Json:
+    """Measure latency, memory and energy, of a recipe's artifacts or of artifact folders, interleaved."""
+    from edgepack import pipeline
+
+    paths = targets or [RECIPE]
+    if all((path / "artifact.json").exists() for path in paths):
+        if call.dry_run:
+            return _show_plan(call, [{"stage": "profile", "part": str(path), "options": {}} for path in paths])
+        settings = _settings(threads, seconds)
+        return _profiles(call, pipeline.profile_folders(paths, runtime, settings, call.screen.progress))
+    if len(paths) > 1:
+        wrong = next(path for path in paths if not (path / "artifact.json").exists())
+        raise InputError(f"{wrong} is not an artifact folder", "give one recipe, or artifact folders only")
+    loaded = _adjusted(call.recipe(paths[0]), runtime, threads, seconds)
+    if call.dry_run:
+        return _plan(call, loaded, "profile")
+    found = pipeline.profile_recipe(loaded, call.options())
+    document = _profiles(call, found)
+    pipeline.hold_latency(loaded, found)
+    return document
+
+
+@verb(examples="edgepack compare edgepack-out/baseline/onnx edgepack-out/onnx\nedgepack compare A B --runtime openvino")
+def compare(
+    call: Call,
+    a: Annotated[Path, typer.Argument(metavar="A", help="Artifact folder, the reference.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Artifact folder.")],
+    runtime: Runtime = None,
+    threads: Threads = None,
+    seconds: Seconds = None,
+) -> Json:
+    """Is B faster than A? One interleaved run, a ratio with its interval, and a verdict."""
+    from edgepack import pipeline
+
+    found = pipeline.compare(a, b, _settings(threads, seconds), runtime, call.screen.progress)
+    return _profiles(call, found)
+
+
+@verb("out", "overrides", examples="edgepack verify\nedgepack verify edgepack-out/onnx")
+def verify(call: Call, targets: Targets = None, runtime: Runtime = None) -> Json:
+    """Check every hash of artifacts, and their answers to the golden samples."""
+    from edgepack import _tables, pipeline
+
+    folders: list[Path] = []
+    for target in targets or [RECIPE]:
+        lone = (target / "artifact.json").exists()
+        folders += [target] if lone else pipeline.artifacts_in(_results_of(call, target))
+    results = []
+    for folder in folders:
+        call.screen.progress.start(f"verifying {folder}")
+        results.append(pipeline.verify(folder, runtime))
+    documents = [result.to_json() for result in results]
+    call.screen.show(
+        _tables.verified(zip([r.artifact for r in results], [d["parity"] for d in documents], strict=True))
+    )
+    return {"artifacts": documents}
+
+
+@verb("out", "overrides", examples="edgepack report\nedgepack report edgepack-out")
+def report(
+    call: Call,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE|FOLDER", help="The recipe, or an output folder.")] = RECIPE,
+) -> Json:
+    """Write report.html (one self-contained file) and report.json from what lies in the output folder."""
+    from edgepack import pipeline
+
+    path = pipeline.report_recipe(_results_of(call, recipe))
+    call.screen.say(f"report: {path.resolve()}")
+    return {"report": str(path)}
+
+
+@verb(examples="edgepack list\nedgepack list passes")
+def list_(
+    call: Call,
+    kind: Annotated[str | None, typer.Argument(help="passes, exporters, runtimes, devices, meters, packagers")] = None,
+) -> Json:
+    """The parts of each kind, what they do, and whether they work here."""
+    from edgepack import _tables, doctor
+
+    if kind is not None and kind not in doctor.KINDS:
+        raise InputError(f"there is no kind of part {kind!r}", nearest(kind, doctor.KINDS))
+    states = doctor.part_states(tuple(doctor.KINDS) if kind is None else (kind,))
+    call.screen.show(_tables.parts_table(states))
+    return {"parts": [dataclasses.asdict(state) for state in states]}
+
+
+@verb(examples="edgepack doctor\nedgepack doctor --json")
+def doctor(call: Call) -> Json:
+    """What is installed, what works on this machine, and what to do about the rest."""
+    from edgepack import _tables, doctor
+
+    found = doctor.checkup()
+    call.screen.show(*_tables.checkup_tables(found))
+    return found.to_json()
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command line and exit with its status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    sys.exit(status(app, words))
+
+
+def _log(verbose: int) -> None:
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
+
+
+def _results_of(call: Call, target: Path) -> Path:
+    """The output folder that a recipe or a folder stands for."""
+    if call.out is not None:
+        return call.out
+    if target.is_dir() and not (target / RECIPE).exists():
+        return target
+    return call.recipe(target).out
+
+
+def _settings(threads: int | None, seconds: float | None) -> Settings:
+    from edgepack.contracts import Settings
+
+    return _changed(Settings(), threads, seconds)
+
+
+def _changed(settings: Settings, threads: int | None, seconds: float | None) -> Settings:
+    settings = settings if threads is None else dataclasses.replace(settings, threads=threads)
+    return settings if seconds is None else dataclasses.replace(settings, max_seconds=seconds)
+
+
+def _adjusted(recipe: Recipe, runtime: str | None, threads: int | None, seconds: float | None) -> Recipe:
+    """The recipe with the command line's way to measure."""
+    from edgepack import contracts, parts
+    from edgepack.recipe import Measurement, build
+
+    device = parts.find(contracts.Device, "host")
+    engine = None if runtime is None else build(contracts.Runtime, {"use": runtime})
+
+    def change(one: Measurement) -> Measurement:
+        settings = _changed(one.settings, threads, seconds)
+        return dataclasses.replace(one, settings=settings, runtime=engine or one.runtime)
+
+    measurements = recipe.measurements or (Measurement(device(), None, contracts.Settings()),)
+    return dataclasses.replace(recipe, measurements=tuple(change(one) for one in measurements))
+
+
+def _profiles(call: Call, found: Sequence[Profile]) -> Json:
+    from edgepack import _tables
+
+    documents = [item.to_json() for item in found]
+    call.screen.show(_tables.profiled(documents))
+    return {"profiles": documents}
+
+
+def _when(up_to_date: bool, seconds: float) -> str:
+    return "is up to date" if up_to_date else f"written in {seconds:.1f} s"
+
+
+def _plan(call: Call, recipe: Recipe, *stages: str) -> Json:
+    """What the stages of a recipe would do."""
+    from edgepack import parts
+
+    found = {
+        "compress": [(parts.name_of(item), parts.options_of(item)) for item in recipe.passes],
+        "export": [(parts.name_of(item), parts.options_of(item)) for item in recipe.exporters],
+        "profile": [(parts.name_of(one.device), dataclasses.asdict(one.settings)) for one in recipe.measurements],
+    }
+    steps = [{"stage": s, "part": part, "options": options} for s in stages for part, options in found[s]]
+    call.screen.say(f"from {recipe.path} into {call.out or recipe.out}")
+    return _show_plan(call, steps)
+
+
+def _show_plan(call: Call, steps: list[Json]) -> Json:
+    from edgepack import _tables
+
+    call.screen.show(_tables.planned(steps))
+    return {"plan": steps}
