@@ -30,7 +30,7 @@ def load(source: str, folder: Path) -> Any:
     where, _, name = source.rpartition(":")
     if not is_source(source):
         raise InputError(f"{source!r} does not name code", "write file.py:callable or package.module:callable")
-    module = _from_file(folder / where) if where.endswith(".py") else _from_package(where)
+    module = _from_file(folder / where) if where.endswith(".py") else _from_package(where, folder)
     try:
         return getattr(module, name)
     except AttributeError:
@@ -55,12 +55,18 @@ def blaming(source: str) -> Iterator[None]:
     except EdgepackError:
         raise
     except (Exception, SystemExit) as error:
-        raise InputError(f"{source} raised {type(error).__name__}: {error}") from error
+        raise InputError(f"{source} failed: {sentence(error)}") from error
+
+
+def sentence(error: BaseException) -> str:
+    """An exception in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path} does not exist")
     path = path.resolve()
     text = str(path).encode() + path.read_bytes()
     name = f"edgepack_user_{path.stem}_{hashlib.sha256(text).hexdigest()[:12]}"
@@ -71,18 +77,32 @@ def _from_file(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickling look their module up
-    sys.path.insert(0, str(path.parent))  # its neighbours, as when it is run as a script
     try:
-        with blaming(str(path)):
+        with _importable(path.parent), blaming(str(path)):
             spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
-    finally:
-        sys.path.remove(str(path.parent))
     return module
 
 
-def _from_package(name: str) -> ModuleType:
-    with blaming(f"import {name}"):
-        return importlib.import_module(name)
+def _from_package(name: str, folder: Path) -> ModuleType:
+    with _importable(folder), blaming(f"import {name}"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not f"{name}.".startswith(f"{error.name}."):
+                raise InputError(f"{name} needs the package {error.name!r}, which is not installed") from error
+            raise InputError(f"there is no module {name!r} (looked in {folder} too)") from error
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Let code import what lies beside it, as when it is run as a script."""
+    entry = str(folder.resolve())
+    sys.path.insert(0, entry)
+    try:
+        yield
+    finally:
+        if entry in sys.path:
+            sys.path.remove(entry)

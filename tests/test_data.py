@@ -421,10 +421,10 @@ def test_callable_options_and_tables(code: Path) -> None:
     [
         ("array", ["data.py has no 'array'", "did you mean 'arrays'"]),
         ("value", ["is not callable"]),
-        ("crash", ["data.py:crash raised ZeroDivisionError"]),
+        ("crash", ["data.py:crash failed: ZeroDivisionError"]),
         ("crash_late", ["RuntimeError: disk gone"]),
         ("empty", ["gives no samples"]),
-        ("number", ["data.py:number raised TypeError"]),
+        ("number", ["data.py:number failed: TypeError"]),
         ("nan", ["sample 0 holds NaN"]),
         ("late", ["sample 1 has shape (2,), expected (3) for input 'input'"]),
         ("named", ["gives inputs ['inptu'], expected ['input']"]),
@@ -437,10 +437,10 @@ def test_callable_refused(code: Path, name: str, texts: list[str]) -> None:
 
 def test_code_that_does_not_load(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("import sys\nsys.exit(0)\n")
-    refuse("bad.py:f", VECTOR, tmp_path, "bad.py raised SystemExit")
+    refuse("bad.py:f", VECTOR, tmp_path, "bad.py failed: SystemExit")
     (tmp_path / "bad.py").write_text("def f(:\n")
-    refuse("bad.py:f", VECTOR, tmp_path, "raised SyntaxError")
-    refuse("gone.py:f", VECTOR, tmp_path, "gone.py: no such file")
+    refuse("bad.py:f", VECTOR, tmp_path, "failed: SyntaxError")
+    refuse("gone.py:f", VECTOR, tmp_path, "gone.py does not exist")
     refuse("no_such_package.sub:f", VECTOR, tmp_path, "No module named 'no_such_package'")
 
 

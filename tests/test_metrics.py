@@ -133,7 +133,7 @@ def test_callable(tmp_path: Path) -> None:
     statistics = metric.statistics(metric.pick(outputs), np.zeros((2, 2)))
     assert metric.format(metric.reduce(statistics)) == "3.00 m"
     assert not metric.higher_is_better
-    with pytest.raises(InputError, match=r"mine.py:worst raised ValueError"):
+    with pytest.raises(InputError, match=r"mine.py:worst failed: ValueError"):
         metric.statistics(np.zeros((2, 2)), np.zeros((2, 3)))
 
 
@@ -151,7 +151,7 @@ def test_first_output_by_default() -> None:
         ({"use": "psnr", "pek": 1}, "did you mean 'peak'"),
         ({"use": "psnr", "border": "two"}, "a number from 0"),
         ({}, "there is no metric ''"),
-        ("gone.py:f", "no such file"),
+        ("gone.py:f", "does not exist"),
     ],
 )
 def test_unknown_metrics(spec: Any, text: str) -> None:

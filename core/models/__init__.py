@@ -67,9 +67,7 @@ def _build(source: str, folder: Path, options: dict[str, Any], weights: str | Pa
         raise InputError(f"cannot tell what model {source!r} is", f"valid: {FORMS}")
     if head in sources.ZOOS:
         return sources.ZOOS[head](name, folder, options)
-    if head.endswith(".py"):
-        return sources.from_file(folder / head, name, options)
-    return sources.from_package(head, name, folder, options)
+    return sources.from_code(source, folder, options)
 
 
 def _lift(path: Path, suffix: str) -> nn.Module:

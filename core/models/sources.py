@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from edgepack.errors import EdgepackError, InputError, Unsupported, nearest, require
+from edgepack import usercode
+from edgepack.errors import InputError, Unsupported, nearest, require
 from edgepack.models import prepare_torchvision
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def from_file(path: Path, name: str, options: Mapping[str, Any]) -> nn.Module:
-    """Run ``path`` and call (or take) ``name`` in it. The only code that runs is what the user named."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
-    with _importable(path.parent):
-        return _call(_run_file(path), name, options, str(path))
+def from_code(source: str, folder: Path, options: Mapping[str, Any]) -> nn.Module:
+    """Call (or take) what ``file.py:name`` or ``package.module:name`` names. No other code of the user runs."""
+    from torch import nn
 
-
-def from_package(package: str, name: str, folder: Path, options: Mapping[str, Any]) -> nn.Module:
-    """Import ``package`` (also from the recipe's folder) and call (or take) ``name`` in it."""
-    with _importable(folder):
-        try:
-            module = importlib.import_module(package)
-        except ModuleNotFoundError as error:
-            if not f"{package}.".startswith(f"{error.name}."):
-                raise InputError(f"{package} needs the package {error.name!r}, which is not installed") from error
-            raise InputError(f"there is no module {package!r} (looked in {folder} too)") from error
-        except Exception as error:  # the user's own code: whatever it raises is about their input
-            raise InputError(f"{package} failed on import: {_sentence(error)}") from error
-        return _call(module, name, options, package)
+    found = usercode.load(source, folder)
+    if isinstance(found, nn.Module):
+        if options:
+            raise InputError(f"{source} is a module, not a callable, so it takes no options")
+        return found
+    if not callable(found):
+        raise InputError(f"{source} is a {type(found).__name__}, neither a callable nor a module")
+    return _construct(found, options, f"{source}()")
 
 
 def from_timm(name: str, folder: Path, options: Mapping[str, Any]) -> nn.Module:
@@ -104,7 +92,7 @@ def _transformers_folder(transformers: Any, local: Path, options: Mapping[str, A
             local, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise InputError(f"cannot load {local}: {_sentence(error)}") from error
+        raise InputError(f"cannot load {local}: {usercode.sentence(error)}") from error
     if info["missing_keys"]:
         raise InputError(f"{local}: its weights lack {', '.join(sorted(info['missing_keys'])[:3])} …")
     return _checked(module, str(local))
@@ -121,46 +109,10 @@ def _raw_heads(module: nn.Module, source: str) -> nn.Module:
     return RawHeads(module)
 
 
-def _run_file(path: Path) -> ModuleType:
-    name = f"_edgepack_model_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code: whatever it raises is about their input
-        raise InputError(f"{path} failed: {_sentence(error)}") from error
-    return module
-
-
-def _call(module: ModuleType, name: str, options: Mapping[str, Any], source: str) -> nn.Module:
-    from torch import nn
-
-    try:
-        found = getattr(module, name)
-    except AttributeError as error:
-        words = [word for word, value in vars(module).items() if callable(value) and not word.startswith("_")]
-        raise InputError(f"{source} has no {name!r}", _near(name, words)) from error
-    if isinstance(found, nn.Module):
-        if options:
-            raise InputError(f"{source}: {name} is a module, not a callable, so it takes no options")
-        return found
-    if not callable(found):
-        raise InputError(f"{source}: {name} is a {type(found).__name__}, neither a callable nor a module")
-    return _construct(found, options, f"{source}: {name}()")
-
-
 def _construct(build: Callable[..., Any], options: Mapping[str, Any], source: str) -> nn.Module:
     _check_options(build, options, source)
-    try:
-        built = build(**options)
-    except EdgepackError:
-        raise
-    except Exception as error:  # the user's own code or options: whatever it raises is about their input
-        raise InputError(f"{source} failed: {_sentence(error)}") from error
-    return _checked(built, source)
+    with usercode.blaming(source):
+        return _checked(build(**options), source)
 
 
 def _check_options(build: Callable[..., Any], options: Mapping[str, Any], source: str) -> None:
@@ -188,21 +140,3 @@ def _near(name: str, words: list[str]) -> str | None:
     """The nearest word, or nothing where the list of valid words is too long to read."""
     text = nearest(name, words) if words else ""
     return text if text.startswith("did") or 0 < len(words) <= 12 else None
-
-
-def _sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    where = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
-    return f"{type(error).__name__}: {text}{where}" if text else type(error).__name__
-
-
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Let the user's code import what lies beside it."""
-    entry = str(folder.resolve())
-    sys.path.insert(0, entry)
-    try:
-        yield
-    finally:
-        if entry in sys.path:
-            sys.path.remove(entry)
