@@ -1,0 +1,87 @@
+"""ONNX files for ONNX Runtime and every engine that reads them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from edgepack.contracts import Census, Exporter, Graph
+from edgepack.export._dialects import lower_float, refuse_plan
+from edgepack.export._onnx_form import LIMIT_BYTES, to_onnx
+from edgepack.export._onnx_slim import slim, store_half
+
+if TYPE_CHECKING:
+    import onnx
+    from edgepack.plan import Plan
+
+MODEL = "model.onnx"
+OPSETS = range(18, 24)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Onnx(Exporter):
+    """Write one small ONNX file (model.onnx): weights inside, names and notes stripped.
+
+    Attributes:
+        opset: operator set of the file, 18 to 23.
+    """
+
+    format: ClassVar[str] = "onnx"
+
+    opset: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.opset not in OPSETS:
+            raise ValueError(f"opset is {OPSETS[0]} to {OPSETS[-1]}, not {self.opset}")
+
+    def lower(self, graph: Graph, plan: Plan) -> Graph:
+        refuse_plan(plan, self.format)
+        return lower_float(graph, self.precision)
+
+    def write(self, simulation: Graph, folder: Path) -> Census:
+        model = to_onnx(simulation, self.opset)
+        left_bytes = store_half(model.graph) if self.precision == "float16" else 0
+        slim(model)
+        if self.normalize:
+            _describe(model, simulation)
+        (folder / MODEL).write_bytes(_checked(model))
+        notes = [f"{left_bytes} bytes of biases and constants stay float32"] if left_bytes else []
+        return _census(folder / MODEL, notes)
+
+
+def _describe(model: onnx.ModelProto, graph: Graph) -> None:
+    facts = {
+        "edgepack.labels": list(graph.labels),
+        "edgepack.preprocessing": {name: asdict(how) for name, how in graph.preprocessing.items()},
+    }
+    for key, value in facts.items():
+        model.metadata_props.add(key=key, value=json.dumps(value, ensure_ascii=False))
+
+
+def _checked(model: onnx.ModelProto) -> bytes:
+    from onnx import checker
+
+    if model.ByteSize() > LIMIT_BYTES:
+        raise AssertionError("size was checked before the conversion")
+    data: bytes = model.SerializeToString(deterministic=True)
+    checker.check_model(data, full_check=True)
+    return data
+
+
+def _census(path: Path, notes: list[str]) -> Census:
+    import onnx
+    from onnx import TensorProto, helper
+
+    model = onnx.load_model_from_string(path.read_bytes())
+    operators = Counter(node.op_type for node in model.graph.node)
+    weights: Counter[str] = Counter()
+    for tensor in model.graph.initializer:
+        dtype = "bfloat16" if tensor.data_type == TensorProto.BFLOAT16 else None
+        weights[dtype or str(helper.tensor_dtype_to_np_dtype(tensor.data_type))] += len(tensor.raw_data)
+    if operators["BatchNormalization"]:
+        notes = [*notes, f"{operators['BatchNormalization']} BatchNormalization nodes are left; the pass fold may help"]
+    return Census(dict(operators), dict(weights), tuple(notes))

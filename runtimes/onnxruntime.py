@@ -1,0 +1,89 @@
+"""ONNX Runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from edgepack.contracts import Arrays, Runtime, Session
+from edgepack.errors import InputError, Unsupported, require
+from edgepack.runtimes._inputs import Gate
+from edgepack.versions import installed
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from edgepack.artifact import Artifact
+
+
+@dataclass(frozen=True, kw_only=True)
+class Onnxruntime(Runtime):
+    """Run ONNX files with ONNX Runtime on the CPU.
+
+    Attributes:
+        optimize: let the engine fuse and rewrite the graph when it loads it.
+        spin: let idle threads wait actively: a little faster alone, much slower on a machine with other work.
+    """
+
+    formats: ClassVar[tuple[str, ...]] = ("onnx",)
+
+    optimize: bool = True
+    spin: bool = False
+
+    def version(self) -> str:
+        require("onnxruntime", "onnx-run")
+        return installed("onnxruntime") or str(require("onnxruntime", "onnx-run").__version__)
+
+    def load(self, artifact: Artifact, threads: int | None = None) -> Session:
+        ort = require("onnxruntime", "onnx-run")
+        path = artifact.file(".onnx")
+        try:
+            engine = ort.InferenceSession(str(path), self._options(ort, threads), providers=["CPUExecutionProvider"])
+        except _errors() as error:
+            artifact.check_hashes()
+            sentence = f"ONNX Runtime {self.version()} cannot load {path}: {_sentence(error)}"
+            if type(error).__name__ == "NotImplemented":
+                raise Unsupported(sentence) from error
+            raise InputError(sentence, "export again") from error
+        return _Session(engine, artifact)
+
+    def _options(self, ort: Any, threads: int | None) -> Any:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        level = ort.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if self.optimize else level.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spin else "0")
+        return options
+
+
+class _Session:
+    def __init__(self, engine: Any, artifact: Artifact) -> None:
+        self._engine = engine
+        self._run = engine.run
+        self._gate = Gate(artifact.manifest.inputs)
+        self._names = [spec.name for spec in artifact.manifest.outputs]
+        found = {port.name for port in (*engine.get_inputs(), *engine.get_outputs())}
+        wanted = [spec.name for spec in (*artifact.manifest.inputs, *artifact.manifest.outputs)]
+        if set(wanted) != found:
+            raise InputError(
+                f"{artifact.folder}: the manifest names {wanted}, the model {sorted(found)}", "export again"
+            )
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        self._gate.check(inputs)
+        return dict(zip(self._names, self._run(self._names, inputs), strict=True))
+
+    def close(self) -> None:
+        del self._engine, self._run
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    state = require("onnxruntime.capi.onnxruntime_pybind11_state", "onnx-run")
+    names = "Fail InvalidArgument InvalidGraph InvalidProtobuf NoModel NoSuchFile NotImplemented RuntimeException"
+    return tuple(getattr(state, name) for name in names.split())
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
