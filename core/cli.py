@@ -193,23 +193,31 @@ def export(
     return {"artifacts": [result.to_json() for result in results]}
 
 
-@verb(*WORK, examples="edgepack run\nedgepack run demo --json > result.json")
-def run(call: Call, recipe: Target = RECIPE) -> Json:
-    """All stages: compress, export, profile, report."""
+@verb(*WORK, examples="edgepack run\nedgepack run demo --json > result.json\nedgepack run --until export")
+def run(
+    call: Call,
+    recipe: Target = RECIPE,
+    until: Annotated[str, typer.Option(metavar="STAGE", help="Last stage: compress, export, profile.")] = "profile",
+) -> Json:
+    """All stages: compress, export, profile; then the report."""
     from edgepack import pipeline
 
     loaded = call.recipe(recipe)
-    if call.dry_run:
-        return _plan(call, loaded, "compress", "export", "profile")
-    document: Json = {"compress": compress(call, recipe)}
-    failure: EdgepackError | None = None
     stages: dict[str, Callable[[], Json]] = {
+        "compress": lambda: compress(call, recipe),
         "export": lambda: export(call, recipe),
         "profile": lambda: profile(call, [recipe]),
     }
-    for name, stage in stages.items():
+    if until not in stages:
+        raise InputError(f"there is no stage {until!r}", nearest(until, stages))
+    names = list(stages)[: list(stages).index(until) + 1]
+    if call.dry_run:
+        return _plan(call, loaded, *names)
+    document: Json = {}
+    failure: EdgepackError | None = None
+    for name in names:
         try:
-            document[name] = stage()
+            document[name] = stages[name]()
         except (BudgetError, MeasurementError) as error:
             failure = failure or error
     path = pipeline.report_recipe(call.out or loaded.out)

@@ -17,7 +17,7 @@ from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, Pari
 from edgepack.compressing import BASELINE, COMPRESSED
 from edgepack.contracts import Exporter, Graph, Preprocessing, TensorSpec
 from edgepack.errors import EdgepackError, InputError, IntegrityError, MissingExtra, StepError, Unsupported
-from edgepack.graph import load_graph, run_graph, to_front, with_front
+from edgepack.graph import load_graph, run_graph, to_front, with_front, without_collection
 from edgepack.parity import check, runtime_for
 from edgepack.plan import Plan
 from edgepack.progress import Progress
@@ -125,10 +125,9 @@ class _Stage:
         name = parts.name_of(exporter)
         self.progress.start(f"exporting {folder.relative_to(self.out).as_posix()} ({name})")
         try:
-            return self._write(folder, self._source(source), exporter, fingerprint), True
-        except EdgepackError:
-            raise
-        except OSError:
+            with without_collection():
+                return self._write(folder, self._source(source), exporter, fingerprint), True
+        except (EdgepackError, OSError):
             raise
         except Exception as error:
             message = f"exporter {name} ({parts.options_of(exporter)}) failed: {type(error).__name__}: {error}"
@@ -185,6 +184,10 @@ class _Stage:
             )
         return replace(manifest, budget_missed=tuple(_missed(self.budget, manifest, artifact.size_bytes)))
 
+    def _judged_by(self) -> dict[str, Any]:
+        scored = None if self.task is None or self.task.evaluation is None else len(self.task.evaluation)
+        return {"scored": scored, "budget": None if self.budget is None else self.budget.model_dump()}
+
     def _original(self) -> scoring.Network:
         return scoring.Network.of(self._source(self.out / BASELINE / "pt2").graph)
 
@@ -197,8 +200,7 @@ class _Stage:
         facts = {
             "source": Artifact.open(source).manifest.files,
             "exporter": [parts.name_of(exporter), parts.options_of(exporter)],
-            "scored": None if self.task is None or self.task.evaluation is None else len(self.task.evaluation),
-            "budget": None if self.budget is None else self.budget.model_dump(),
+            **({} if exporter.name == BASELINE else self._judged_by()),
             "versions": versions("torch", "onnx", "onnxruntime", "openvino"),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

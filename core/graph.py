@@ -6,6 +6,7 @@ back: ``edgepack.models.pt2`` checks every member first.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import io
 import logging
@@ -56,8 +57,15 @@ def capture(module: nn.Module, task: Task) -> Graph:
         specs = tuple(replace(spec, shape=item.shape) for spec, item in zip(specs, task.inputs, strict=True))
         logging.getLogger(__name__).info("the network fixes its batch size; captured at the task's shape")
         program = _export(module, specs)
-    outputs = _flat_outputs(program, specs, task.output_names)
+    outputs = _flat_outputs(program, specs, task.output_names or _lifted_names(module))
     return Graph(program, specs, outputs, dict(task.preprocessing), task.labels)
+
+
+def recapture(graph: Graph, module: nn.Module) -> Graph:
+    """The graph with another body that has the same inputs and outputs."""
+    program = _export(module, graph.inputs)
+    outputs = _flat_outputs(program, graph.inputs, [spec.name for spec in graph.outputs])
+    return replace(graph, program=program, outputs=outputs)
 
 
 def example_inputs(specs: Sequence[TensorSpec], batch: int = EXAMPLE_BATCH) -> tuple[torch.Tensor, ...]:
@@ -210,7 +218,7 @@ def _export(module: nn.Module, specs: Sequence[TensorSpec]) -> ExportedProgram:
     dynamic = tuple({i: Dim.DYNAMIC for i, axis in enumerate(spec.shape) if isinstance(axis, str)} for spec in specs)
     variadic = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(module.forward).parameters.values())
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), without_collection(), torch.no_grad():
             return torch.export.export(
                 module, examples, dynamic_shapes=(dynamic,) if variadic else dynamic, strict=False
             )
@@ -263,6 +271,12 @@ def _changed_state(program: ExportedProgram) -> str | None:
             if written and getattr(value, "op", None) == "placeholder":
                 return str(names.get(value.name, value.name))
     return None
+
+
+def _lifted_names(module: nn.Module) -> Sequence[str]:
+    """Output names that a ``.pt2`` or ``.onnx`` file gave its network."""
+    meta = getattr(module, "meta", None)
+    return meta.get("output_names", ()) if isinstance(meta, dict) else ()
 
 
 def _output_names(program: ExportedProgram, count: int) -> list[str]:
@@ -323,6 +337,18 @@ def _sentence(error: BaseException) -> str:
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     marked = [line for line in lines if line.startswith("You marked")]
     return (marked or lines or [type(error).__name__])[0]
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """No garbage collection inside: converters keep millions of small objects, and looking at them costs a fifth."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -6,9 +6,7 @@ values in float32, so a CPU engine that computes in float32 must agree with it.
 
 from __future__ import annotations
 
-import inspect
 import operator
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +14,7 @@ import numpy as np
 
 from edgepack.contracts import Graph
 from edgepack.errors import Unsupported
-from edgepack.graph import example_inputs
+from edgepack.graph import recapture
 
 if TYPE_CHECKING:
     import torch
@@ -96,20 +94,9 @@ def exact_half(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
 
 def retrace(graph: Graph, module: GraphModule) -> Graph:
     """The graph with another body: same inputs, same outputs."""
-    import torch
-    from torch.export import Dim
-
     _drop_unused(module)
     module.recompile()
-    shapes = tuple(
-        {i: Dim.DYNAMIC for i, axis in enumerate(spec.shape) if isinstance(axis, str)} for spec in graph.inputs
-    )
-    variadic = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(module.forward).parameters.values())
-    with torch.no_grad():
-        program = torch.export.export(
-            module, example_inputs(graph.inputs), dynamic_shapes=(shapes,) if variadic else shapes, strict=False
-        )
-    return replace(graph, program=program)
+    return recapture(graph, module)
 
 
 def _drop_unused(module: GraphModule) -> None:

@@ -441,7 +441,7 @@ def test_code_that_does_not_load(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("def f(:\n")
     refuse("bad.py:f", VECTOR, tmp_path, "failed: SyntaxError")
     refuse("gone.py:f", VECTOR, tmp_path, "gone.py does not exist")
-    refuse("no_such_package.sub:f", VECTOR, tmp_path, "No module named 'no_such_package'")
+    refuse("no_such_package.sub:f", VECTOR, tmp_path, "there is no module 'no_such_package.sub'")
 
 
 def test_neighbours_can_be_imported(tmp_path: Path) -> None:
