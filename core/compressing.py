@@ -90,7 +90,6 @@ def compress(
     before = capture(original, task)
     inputs = task.samples(GOLDEN_SAMPLES)
     answers = run_module(original, before, inputs)
-    float_size = 4 * sum(parameter.numel() for parameter in original.parameters())
     reference = Network.of(before)
     score_before = score(task, reference, lambda: reference, progress, "scoring the original")
 
@@ -103,20 +102,19 @@ def compress(
     if passes:
         score_after = score(task, Network.of(after), lambda: reference, progress, "scoring the compressed")
 
-    kept = Golden(inputs, answers, answers)
+    golden = Golden(inputs, answers, answers)
     facts = Manifest(
         format="pt2", name=BASELINE, dialect="aten", inputs=before.inputs, outputs=before.outputs,
         parity=Parity("not run: this is the reference"), score=beside(score_before, score_before),
-        float_size_bytes=float_size, versions=versions("numpy", "torch"),
+        float_size_bytes=4 * _values(original), versions=versions("numpy", "torch"),
     )  # fmt: skip
-    _write(out / BASELINE / "pt2", before, None, kept, facts)
-    kept = replace(kept, simulation=run_graph(after, inputs))
+    _write(out / BASELINE / "pt2", before, None, golden, facts)
+    golden = replace(golden, simulation=run_graph(after, inputs))
     facts = replace(
         facts, name=COMPRESSED, inputs=after.inputs, outputs=after.outputs, history=tuple(history),
-        parity=beside_original(after.outputs, kept), score=beside(score_before, score_after), fingerprint=fingerprint,
+        parity=beside_original(after.outputs, golden), score=beside(score_before, score_after), fingerprint=fingerprint,
     )  # fmt: skip
-    manifest = _write(out / COMPRESSED, after, plan, kept, facts)
-    return result(out, manifest, False, time.perf_counter() - began)
+    return result(out, _write(out / COMPRESSED, after, plan, golden, facts), False, time.perf_counter() - began)
 
 
 def result(out: Path, manifest: Manifest, up_to_date: bool, seconds: float) -> CompressResult:
