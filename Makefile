@@ -38,7 +38,7 @@ demo: $(VENV)/run.stamp
 	$(BIN)/edgepack run $(DEMO)
 
 test: check
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m slow

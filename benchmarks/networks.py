@@ -54,7 +54,8 @@ class Network:
     """One row: where the network comes from and how it is scored.
 
     Attributes:
-        source: as a recipe's ``model.module``, or ``local:NAME`` for one defined here.
+        source: as a recipe's ``model.module``; ``local:NAME`` for one defined here, ``data:FILE`` for one in the
+            data folder, ``saved:SUFFIX`` for ResNet-20 written by PyTorch and read back.
         data: what ``task.evaluation`` says, with a ``metric``; empty for random inputs.
     """
 
@@ -79,6 +80,8 @@ def networks() -> list[Network]:
     return [
         Network("resnet20 (CIFAR-10)", "models.py:resnet20", image(32, **IMAGENET),
                 "resnet20_cifar10.safetensors", data=cifar, metric="top1"),
+        *(Network(f"resnet20, from .{suffix}", f"saved:{suffix}", image(32, **IMAGENET), data=cifar, metric="top1")
+          for suffix in ("pt2", "onnx")),
         Network("resnet32 (CIFAR-10)", "models.py:resnet32", image(32, **IMAGENET),
                 "resnet32_cifar10.safetensors", data=cifar, metric="top1"),
         Network("vit (CIFAR-10)", "models.py:vit_cifar10", image(32, **CIFAR_VIT),
@@ -146,6 +149,8 @@ LOCAL: dict[str, Callable[[], nn.Module]] = {"ssdlite": SsdHeads, "two_inputs": 
 def load(network: Network, data: Path) -> nn.Module:
     torch.manual_seed(0)
     kind, _, name = network.source.partition(":")
+    if kind == "saved":
+        return saved(name, models.load("models.py:resnet20", ZOO, data / "resnet20_cifar10.safetensors"))
     if kind == "local":
         module = LOCAL[name]()
     elif kind == "data":
@@ -154,6 +159,19 @@ def load(network: Network, data: Path) -> nn.Module:
         weights = None if network.weights is None else data / network.weights
         module = models.load(network.source, ZOO, weights, network.options)
     return module if network.weights else with_statistics(module)
+
+
+def saved(suffix: str, module: nn.Module) -> nn.Module:
+    """The network as PyTorch's own exporters write it, read back."""
+    batch = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(module, (torch.randn(2, 3, 32, 32),), dynamic_shapes=batch)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"model.{suffix}"
+        if suffix == "pt2":
+            torch.export.save(program, path)
+        else:
+            torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False)
+        return models.load(path.name, path.parent)
 
 
 def with_statistics(module: nn.Module) -> nn.Module:

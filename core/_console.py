@@ -7,7 +7,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import cache
 from typing import Any
 
@@ -50,6 +51,24 @@ class Screen:
         if self.as_json:
             sys.stdout.write(to_json(document) + "\n")
             sys.stdout.flush()
+
+
+@contextmanager
+def stdout_for_people(as_json: bool) -> Iterator[None]:
+    """With ``--json``, whatever user code or an engine prints goes to stderr, so that stdout is one document."""
+    if not as_json or sys.__stdout__ is None or sys.stdout is not sys.__stdout__:
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @cache

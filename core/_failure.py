@@ -9,10 +9,17 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from edgepack.errors import EdgepackError, InputError, StorageError
+from edgepack.errors import EdgepackError, InputError, MissingExtra, StorageError
 
 INTERRUPTED = 130
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
+    errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EMFILE,
+)  # fmt: skip
+EXTRAS = {
+    "torch": "compress", "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx-run", "openvino": "openvino",
+    "timm": "zoo", "transformers": "zoo", "torchvision": "zoo", "safetensors": "compress", "PIL": "compress",
+}  # fmt: skip
 VERBOSE = {"-v", "-vv", "--verbose"}
 
 
@@ -29,6 +36,12 @@ def status(app: Callable[[Sequence[str]], Any], words: Sequence[str]) -> int:
             message = f"cannot read or write {error.filename or 'a file'}: {os.strerror(error.errno)}"
             return _failed(StorageError(message), words)
         return _bug(error, words)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            return _bug(error, words)
+        hint = f"pip install 'edgepack[{EXTRAS[package]}]'"
+        return _failed(MissingExtra(f"the package {package!r} is not installed", hint), words)
     except Exception as error:
         return _bug(error, words)
     return 0
@@ -37,10 +50,15 @@ def status(app: Callable[[Sequence[str]], Any], words: Sequence[str]) -> int:
 def _stopped(code: int, words: Sequence[str]) -> int:
     """What the parser ended by itself: help, a usage error, an interrupt, a reader that went away (its status 1)."""
     if code == INTERRUPTED:
-        _say("interrupted; what was whole stays, the same command goes on from there")
+        message = "interrupted; what was whole stays, the same command goes on from there"
+        _say(message)
+        _document(EdgepackError(message), words, code)
     if code == InputError.exit_status:
         _document(InputError("the command line is wrong, see stderr"), words)
-    return StorageError.exit_status if code == 1 else code
+    if code != 1:
+        return code
+    _document(StorageError("the reader of the output went away"), words)
+    return StorageError.exit_status
 
 
 def _failed(error: EdgepackError, words: Sequence[str]) -> int:
@@ -69,8 +87,12 @@ def _say(text: str) -> None:
     people.print(rest, markup=False, soft_wrap=True)
 
 
-def _document(error: EdgepackError, words: Sequence[str]) -> None:
+def _document(error: EdgepackError, words: Sequence[str], code: int | None = None) -> None:
     from edgepack._console import screen
 
     facts = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
-    screen(as_json="--json" in words).result({"error": {**facts, "exit_status": error.exit_status}})
+    status = error.exit_status if code is None else code
+    try:
+        screen(as_json="--json" in words).result({"error": {**facts, "exit_status": status}})
+    except BrokenPipeError:  # nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

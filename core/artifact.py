@@ -29,6 +29,9 @@ from edgepack.errors import InputError, IntegrityError, StorageError
 MANIFEST = "artifact.json"
 GOLDEN = "golden.npz"
 SCHEMA = 1
+DTYPES = {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)} | {
+    "float16", "float32", "float64", "bfloat16", "bool",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,14 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class FileFacts:
+    """What a manifest says about one file."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of ``artifact.json``; see the architecture's list of fields."""
 
@@ -63,7 +74,7 @@ class Manifest:
     dialect: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    files: Mapping[str, FileFacts] = field(default_factory=dict)
     preprocessing: Mapping[str, Preprocessing] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     history: tuple[Mapping[str, Any], ...] = ()
@@ -83,22 +94,20 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str, source: Path) -> Manifest:
         """Parse a manifest. Raises InputError when it is not one."""
+        from pydantic import TypeAdapter, ValidationError
+
         try:
-            data = json.loads(text)
-            if data.get("schema") != SCHEMA:
-                raise ValueError(f"schema {data.get('schema')!r} is not {SCHEMA}")
-            data["inputs"] = tuple(_spec(item) for item in data["inputs"])
-            data["outputs"] = tuple(_spec(item) for item in data["outputs"])
-            data["preprocessing"] = {
-                name: Preprocessing(**{**item, "mean": tuple(item["mean"]), "std": tuple(item["std"])})
-                for name, item in data["preprocessing"].items()
-            }
-            data["parity"] = Parity(**data["parity"])
-            for key in ("labels", "history", "budget_missed"):
-                data[key] = tuple(data[key])
-            return cls(**data)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{source}: not an edgepack artifact manifest: {error}") from error
+            found: Manifest = TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(word) for word in first["loc"])
+            raise InputError(f"{source}: not an edgepack artifact manifest: {where}: {first['msg']}") from error
+        if found.schema != SCHEMA:
+            raise InputError(f"{source}: not a manifest of this edgepack: schema {found.schema} is not {SCHEMA}")
+        for spec in (*found.inputs, *found.outputs):
+            if spec.dtype not in DTYPES:
+                raise InputError(f"{source}: {spec.name!r} has an unknown dtype {spec.dtype!r}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -173,14 +182,16 @@ class Artifact:
             file = folder / name
             if not file.is_file():
                 raise IntegrityError(f"{file} is missing", "export again")
-            if file.stat().st_size != facts["size_bytes"]:
-                raise IntegrityError(f"{file} has {file.stat().st_size} bytes, its manifest says {facts['size_bytes']}")
+            if file.stat().st_size != facts.size_bytes:
+                raise IntegrityError(f"{file} has {file.stat().st_size} bytes, its manifest says {facts.size_bytes}")
         return artifact
 
     def check_hashes(self) -> None:
-        """Read every file. Raises IntegrityError for the first whose SHA-256 differs."""
+        """Read every file. Raises IntegrityError for the first whose SHA-256 differs, or unlisted golden samples."""
+        if GOLDEN not in self.manifest.files:
+            raise IntegrityError(f"{self.folder / MANIFEST} does not list {GOLDEN}: it was changed", "export again")
         for name, facts in self.manifest.files.items():
-            if sha256(self.folder / name) != facts["sha256"]:
+            if sha256(self.folder / name) != facts.sha256:
                 raise IntegrityError(f"{self.folder / name} was changed: its SHA-256 does not match", "export again")
 
     def file(self, suffix: str) -> Path:
@@ -193,19 +204,16 @@ class Artifact:
     @property
     def size_bytes(self) -> int:
         """Bytes of the model files (without golden samples and manifest)."""
-        return sum(facts["size_bytes"] for name, facts in self.manifest.files.items() if name != GOLDEN)
+        return sum(facts.size_bytes for name, facts in self.manifest.files.items() if name != GOLDEN)
 
     def golden(self) -> Golden:
         return Golden.load(self.folder / GOLDEN)
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+def describe_files(folder: Path) -> dict[str, FileFacts]:
     """Size and SHA-256 of every file in a folder but the manifest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {
-        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "size_bytes": path.stat().st_size}
-        for path in files
-    }
+    return {path.relative_to(folder).as_posix(): FileFacts(sha256(path), path.stat().st_size) for path in files}
 
 
 def sha256(path: Path) -> str:
@@ -331,7 +339,3 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return pid != os.getpid()
-
-
-def _spec(item: Mapping[str, Any]) -> TensorSpec:
-    return TensorSpec(**{**item, "shape": tuple(item["shape"])})

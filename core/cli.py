@@ -92,8 +92,11 @@ def verb(*shared: str, examples: str) -> Callable[[Callable[..., Json]], Callabl
         def command(**values: Any) -> None:
             call = Call(**{item.name: values.pop(item.name) for item in others})
             _log(call.verbose)
+            from edgepack._console import stdout_for_people
+
             try:
-                document = function(call, **values)
+                with stdout_for_people(call.as_json):
+                    document = function(call, **values)
             finally:
                 call.screen.progress.done()
             call.screen.result(document)

@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from edgepack import parts
 from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, Parity, describe_files, replacing
-from edgepack.contracts import Graph, Pass
-from edgepack.errors import EdgepackError, StepError
+from edgepack.contracts import Arrays, Graph, Pass
+from edgepack.errors import EdgepackError, InputError, StepError
 from edgepack.graph import capture, run_graph, run_module, save_graph
 from edgepack.parity import beside_original
 from edgepack.plan import Plan
@@ -89,7 +91,7 @@ def compress(
     progress.start("capturing the original network")
     before = capture(original, task)
     inputs = task.samples(GOLDEN_SAMPLES)
-    answers = run_module(original, before, inputs)
+    answers = _numbers(run_module(original, before, inputs), "the network", "look at its weights and task.input")
     reference = Network.of(before)
     score_before = score(task, reference, lambda: reference, progress, "scoring the original")
 
@@ -109,7 +111,8 @@ def compress(
         float_size_bytes=4 * _values(original), versions=versions("numpy", "torch"),
     )  # fmt: skip
     _write(out / BASELINE / "pt2", before, None, golden, facts)
-    golden = replace(golden, simulation=run_graph(after, inputs))
+    simulation = _numbers(run_graph(after, inputs), "the compressed network", "leave out passes to find which does it")
+    golden = replace(golden, simulation=simulation)
     facts = replace(
         facts, name=COMPRESSED, inputs=after.inputs, outputs=after.outputs, history=tuple(history),
         parity=beside_original(after.outputs, golden), score=beside(score_before, score_after), fingerprint=fingerprint,
@@ -147,6 +150,14 @@ def _apply_all(
             "seed": run.seed, "before": {"values": size}, "after": {"values": _values(module)}, "notes": run.notes,
         })  # fmt: skip
     return module, history
+
+
+def _numbers(outputs: Arrays, who: str, hint: str) -> Arrays:
+    """The outputs, unless NaN is among them: every check that follows would be empty."""
+    for name, array in outputs.items():
+        if np.isnan(array).any():
+            raise InputError(f"{who} answers NaN in output {name!r} for the golden samples", hint)
+    return outputs
 
 
 def _values(module: nn.Module) -> int:

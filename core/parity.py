@@ -15,15 +15,16 @@ from edgepack.contracts import Arrays, Runtime, Session, TensorSpec
 from edgepack.errors import MissingExtra, ParityError, Unsupported
 from edgepack.samples import Array, compute, count
 
+UNBOUNDED = 1e300  # JSON has no infinity
 FLOAT_LIMIT = 1e-4  # max|a−b| / max|b| of a float artifact against its simulation
 
 
 def max_relative(value: Array, reference: Array) -> float:
-    """max|a−b| / max|b|; infinite when shapes differ or a value is not finite where the reference is."""
+    """max|a−b| / max|b|; infinite when shapes differ, for any NaN, and where only one of two values is infinite."""
     if value.shape != reference.shape:
         return math.inf
     a, b = value.astype(np.float64), reference.astype(np.float64)
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    same = a == b
     with np.errstate(invalid="ignore"):  # inf − inf, where both are equal
         difference = np.where(same, 0.0, np.abs(a - b))
     if not np.isfinite(difference).all():
@@ -37,8 +38,9 @@ def sqnr_db(value: Array, reference: Array) -> float | None:
     if value.shape != reference.shape:
         return None
     a, b = value.astype(np.float64), reference.astype(np.float64)
-    noise, signal = float(np.square(a - b).sum()), float(np.square(b).sum())
-    if noise == 0.0 or signal == 0.0 or not math.isfinite(noise):
+    with np.errstate(invalid="ignore", over="ignore"):
+        noise, signal = float(np.square(a - b).sum()), float(np.square(b).sum())
+    if noise == 0.0 or signal == 0.0 or not math.isfinite(noise) or not math.isfinite(signal):
         return None
     return 10.0 * math.log10(signal / noise)
 
@@ -85,9 +87,12 @@ def check(artifact: Artifact, runtime: Runtime) -> Parity:
     finally:
         session.close()
     if parity.max_rel is None or parity.max_rel > FLOAT_LIMIT:
+        amount = (
+            "without bound" if parity.max_rel in (None, UNBOUNDED) else f"by {parity.max_rel:.2g} of its largest value"
+        )
         raise ParityError(
             f"{artifact.manifest.format} {artifact.manifest.name!r}: output {parity.output!r} differs from its "
-            f"simulation by {parity.max_rel:.2g} of its largest value (limit {FLOAT_LIMIT:g}) on {parity.runtime}",
+            f"simulation {amount} (limit {FLOAT_LIMIT:g}) on {parity.runtime}",
             "the artifact was not kept" if artifact.folder.name.startswith(".") else "export again",
         )
     return parity
@@ -102,7 +107,7 @@ def measure(artifact: Artifact, session: Session, golden: Golden) -> Parity:
     first = manifest.outputs[0].name
     return Parity(
         status="checked",
-        max_rel=errors[worst] if math.isfinite(errors[worst]) else 1e300,
+        max_rel=errors[worst] if math.isfinite(errors[worst]) else UNBOUNDED,
         sqnr_db=_least(found, golden.simulation),
         sqnr_original_db=_least(found, golden.original),
         agreement=agreement(found[first], golden.original[first]) if golden.original else None,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepack import parts
-from edgepack.artifact import MANIFEST, Artifact, Parity, sha256
+from edgepack import fingerprint, parts
+from edgepack.artifact import MANIFEST, Artifact, Parity
 from edgepack.compressing import BASELINE, COMPRESSED, CompressResult, compress, result
 from edgepack.contracts import Device, Exporter, Runtime, Settings
 from edgepack.errors import BudgetError, InputError, IntegrityError, MeasurementError
@@ -21,7 +20,6 @@ from edgepack.parity import check, runtime_for
 from edgepack.profiling import profile, profile_out, store
 from edgepack.progress import Progress, Silent
 from edgepack.recipe import Measurement, Recipe, artifact_name, build
-from edgepack.versions import versions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,21 +56,21 @@ class VerifyResult:
 
 def compress_recipe(recipe: Recipe, opts: Options) -> CompressResult:
     """Load the recipe's model, apply its passes, write ``compressed/`` and ``baseline/pt2/``."""
-    out = opts.out or recipe.out
+    out = _folder(opts.out or recipe.out)
     began = time.perf_counter()
-    fingerprint = _fingerprint(recipe)
-    if not opts.force and (done := _current(out, fingerprint)) is not None:
+    made_from = fingerprint.of(recipe)
+    if not opts.force and (done := _current(out, made_from)) is not None:
         return result(out, done.manifest, True, time.perf_counter() - began)
     task = task_of(recipe)
     opts.progress.start("loading the model")
-    return compress(load_model(recipe), task, recipe.passes, out, opts.progress, fingerprint)
+    return compress(load_model(recipe), task, recipe.passes, out, opts.progress, made_from)
 
 
 def export_recipe(recipe: Recipe, opts: Options) -> list[ExportResult]:
     """Write every ``[[export]]`` of the recipe, verified and scored; then ``hold_budget``."""
     if not recipe.exporters:
         raise InputError(f"{recipe.path.name} has no [[export]]", 'add [[export]] with use = "onnx"')
-    out = opts.out or recipe.out
+    out = _folder(opts.out or recipe.out)
     return export(out, recipe.exporters, opts.progress, task_of(recipe), recipe.sheet.budget, opts.force)
 
 
@@ -98,7 +96,7 @@ def profile_recipe(recipe: Recipe, opts: Options) -> list[Profile]:
 
     Profiles of an earlier run are replaced.
     """
-    out = opts.out or recipe.out
+    out = _folder(opts.out or recipe.out)
     names = [artifact_name(item) for item in recipe.exporters]
     device = parts.find(Device, "host")
     found: list[Profile] = []
@@ -143,10 +141,19 @@ def verify(folder: Path, runtime: str | None = None) -> VerifyResult:
 
 def artifacts_in(out: Path) -> list[Path]:
     """Every artifact folder below an output folder: compressed, baselines, exports."""
-    found = sorted(path.parent for path in out.rglob(MANIFEST) if not path.parent.name.startswith("."))
+    places = [*_folder(out).glob(f"*/{MANIFEST}"), *out.glob(f"{BASELINE}/*/{MANIFEST}")]
+    found = sorted(path.parent for path in places if not path.parent.name.startswith("."))
     if not found:
-        raise InputError(f"{out} holds no artifacts", "run edgepack compress and edgepack export first")
+        raise InputError(
+            f"{out} is not an artifact folder and holds none", "run edgepack compress and edgepack export first"
+        )
     return found
+
+
+def _folder(path: Path) -> Path:
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file, not a folder")
+    return path
 
 
 def report_recipe(out: Path) -> Path:
@@ -175,11 +182,7 @@ def task_of(recipe: Recipe) -> Task:
     from edgepack.task import Input, Task
 
     section = recipe.sheet.task
-    sections = section.inputs or ({"input": section.input} if section.input else {})
-    try:
-        inputs = tuple(Input(name, **item.model_dump()) for name, item in sections.items())
-    except ValueError as error:
-        raise InputError(f"{recipe.path.name}: task: {error}") from error
+    inputs = tuple(Input(name, **item.model_dump()) for name, item in section.interfaces.items())
     opened = {
         key: None if item is None else open_data(item.model_dump(exclude_unset=True), inputs, recipe.folder)
         for key in ("calibration", "evaluation", "training")
@@ -220,7 +223,7 @@ def hold_latency(recipe: Recipe, profiles: Sequence[Profile]) -> None:
         raise MeasurementError(f"latency_ratio {limit} cannot be told for {', '.join(open_)}", "measure longer")
 
 
-def _current(out: Path, fingerprint: str) -> Artifact | None:
+def _current(out: Path, made_from: str) -> Artifact | None:
     try:
         done = Artifact.open(out / COMPRESSED)
         baseline = Artifact.open(out / BASELINE / "pt2")
@@ -228,24 +231,4 @@ def _current(out: Path, fingerprint: str) -> Artifact | None:
         baseline.check_hashes()
     except (InputError, IntegrityError):
         return None
-    return done if done.manifest.fingerprint == fingerprint else None
-
-
-def _fingerprint(recipe: Recipe) -> str:
-    """Changes when the recipe's model, task or passes change, or a file they name."""
-    sheet = recipe.sheet
-    facts: Mapping[str, Any] = {
-        "model": sheet.model.model_dump(),
-        "task": sheet.task.model_dump(),
-        "passes": [[parts.name_of(item), parts.options_of(item)] for item in recipe.passes],
-        "files": {str(path): _digest(recipe.folder / path) for path in sorted(recipe.files)},
-        "versions": versions("torch", "timm", "torchvision", "transformers"),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    if path.is_dir():
-        listing = [(str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.rglob("*"))]
-        return hashlib.sha256(repr(listing).encode()).hexdigest()
-    return sha256(path)
+    return done if done.manifest.fingerprint == made_from else None

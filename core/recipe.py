@@ -7,6 +7,7 @@ prints the JSON Schema that editors use.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from edgepack import parts
 from edgepack.contracts import Device, Exporter, Part, Pass, Runtime, Settings
 from edgepack.errors import EdgepackError, InputError, RecipeError, StorageError, nearest
+from edgepack.task import Input
 
 FILE = "edgepack.toml"
+RESERVED = ("compressed", "baseline", "profiles", "work")
 P = TypeVar("P", bound=Part)
 Positive = Annotated[float, Field(gt=0)]
 Table = dict[str, Any]
@@ -78,6 +81,11 @@ class TaskSection(Section):
     training: DataSection | None = None
     metric: str | Table | None = None
     labels: list[str] | str = Field(default_factory=list, description="class names, or a text file with one a line")
+
+    @property
+    def interfaces(self) -> dict[str, InputSection]:
+        """Inputs by name, however they were written."""
+        return self.inputs or ({"input": self.input} if self.input else {})
 
 
 class ProfileSection(Section):
@@ -262,6 +270,11 @@ def _sheet(table: Table, problems: list[str]) -> Sheet | None:
         return None
     if bool(sheet.task.input) == bool(sheet.task.inputs):
         problems.append("task: give either 'input' (one input) or 'inputs' (several, by name)")
+    for name, item in sheet.task.interfaces.items():
+        try:
+            Input(name, **item.model_dump())
+        except ValueError as wrong:
+            problems.append(f"task: {wrong}")
     for key in ("calibration", "evaluation", "training"):
         section = getattr(sheet.task, key)
         if section is not None and bool(section.data) == bool(section.inputs and section.targets):
@@ -335,7 +348,7 @@ def _measurements(sheet: Sheet, problems: list[str]) -> Iterator[Measurement]:
     for index, entry in enumerate(sheet.profile):
         device = dict(entry.device)
         threads = device.pop("threads", 1)
-        if not isinstance(threads, int) or threads < 1:
+        if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
             problems.append(f"profile.{index}.device.threads: a whole number from 1, not {threads!r}")
             continue
         runtime = {"use": entry.runtime} if isinstance(entry.runtime, str) else entry.runtime
@@ -363,10 +376,9 @@ def artifact_name(exporter: Exporter) -> str:
 def _names(exporters: Sequence[Exporter]) -> list[str]:
     names = [artifact_name(item) for item in exporters]
     taken = {name for name in names if names.count(name) > 1}
-    bad = {name for name in names if name in ("compressed", "baseline", "profiles") or Path(name).name != name}
+    bad = {name for name in names if name in RESERVED or not re.fullmatch(r"\w[\w .+-]*", name)}
     return [f"export.{name}: two exports have this name; give one of them another 'name'" for name in sorted(taken)] + [
-        f"export.{name}: 'name' must be a plain folder name other than compressed, baseline, profiles"
-        for name in sorted(bad)
+        f"export.{name}: 'name' must be a plain folder name other than {', '.join(RESERVED)}" for name in sorted(bad)
     ]
 
 

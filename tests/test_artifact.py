@@ -116,7 +116,12 @@ def test_a_missing_or_truncated_file_is_found_on_opening(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not an edgepack artifact manifest"), ("[]", "not an edgepack"), ('{"schema": 99}', "schema 99 is not 1")],
+    [
+        ("{", "not an edgepack artifact manifest"),
+        ("[]", "not an edgepack"),
+        ("5", "not an edgepack"),
+        ("[" * 100000, "not an edgepack"),
+    ],
 )
 def test_a_damaged_manifest_is_wrong_input(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "artifact.json").write_text(content)
@@ -169,3 +174,35 @@ def test_reserving_more_than_the_limit_fails_and_cleans_up(tmp_path: Path) -> No
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_golden_samples_that_the_manifest_does_not_list_are_found(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    path = tmp_path / "a" / "artifact.json"
+    data = json.loads(path.read_text())
+    del data["files"]["golden.npz"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(IntegrityError, match=r"does not list golden\.npz"):
+        Artifact.open(tmp_path / "a").check_hashes()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("files", []), ("files", {"model.bin": 5}), ("parity", {"status": 5}), ("name", None), ("float_size_bytes", "x")],
+)
+def test_wrong_types_in_a_manifest_are_wrong_input(tmp_path: Path, key: str, value: object) -> None:
+    write(tmp_path / "a")
+    path = tmp_path / "a" / "artifact.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(InputError, match=f"not an edgepack artifact manifest: {key}"):
+        Artifact.open(tmp_path / "a")
+
+
+def test_an_unknown_dtype_in_a_manifest_is_wrong_input(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    path = tmp_path / "a" / "artifact.json"
+    data = json.loads(path.read_text())
+    data["inputs"][0]["dtype"] = "foo"
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match="'x' has an unknown dtype 'foo'"):
+        Artifact.open(tmp_path / "a")

@@ -297,3 +297,25 @@ def test_the_whole_job_on_the_example(edgepack: Run, tmp_path: Path) -> None:
     results = home / "edgepack-out"
     assert edgepack("verify", results / "onnx")[0] == 8
     assert edgepack("compare", results / "baseline/onnx", results / "onnx", "--seconds", "1")[0] == 8
+
+
+def test_what_user_code_prints_does_not_reach_the_json_document(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
+    (tmp_path / "models.py").write_text(
+        "import os\nfrom torch import nn\nprint('hello')\nos.system('echo from a child')\n"
+        "def net():\n    print('building')\n    return nn.Linear(4, 2)\n"
+    )
+    (tmp_path / "edgepack.toml").write_text('[model]\nmodule = "models.py:net"\n[task]\ninput = {shape = [1, 4]}\n')
+    command = [sys.executable, "-m", "edgepack", "compress", str(tmp_path), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["folder"].endswith("compressed")
+    assert "hello" in done.stderr
+    assert "from a child" in done.stderr
+
+
+def test_a_missing_package_is_status_3_wherever_it_is_imported(edgepack: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(monkeypatch, ModuleNotFoundError("No module named 'torch'", name="torch.nn"))
+    status, _, err = edgepack("compress")
+    assert status == 3
+    assert "the package 'torch' is not installed" in err
+    assert "pip install 'edgepack[compress]'" in err

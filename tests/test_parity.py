@@ -94,9 +94,12 @@ def test_max_relative_is_the_definition(values: list[float], shift: float) -> No
     assert parity.max_relative(a, b) == pytest.approx(expected, rel=1e-12)
 
 
-def test_equal_infinities_and_nans_do_not_count_as_differences() -> None:
-    a = np.array([np.inf, np.nan, 1.0])
+def test_equal_infinities_agree_and_nan_never_does() -> None:
+    a = np.array([np.inf, -np.inf, 1.0])
     assert parity.max_relative(a, a.copy()) == 0.0
+    assert parity.max_relative(a, -a) == math.inf
+    assert parity.max_relative(np.array([np.nan]), np.array([np.nan])) == math.inf
+    assert parity.sqnr_db(a, -a) is None
     assert parity.max_relative(np.array([1.0, np.nan]), np.array([1.0, 2.0])) == math.inf
 
 

@@ -299,3 +299,27 @@ def test_normalize_needs_an_image(tmp_path: Path) -> None:
     compress(nn.Linear(4, 4), small_task(), [], tmp_path / "out", Silent())
     with pytest.raises(Unsupported, match="no input of this model is an image"):
         export(tmp_path / "out", [Pt2(normalize=True)], Silent())
+
+
+def test_code_that_the_model_imports_is_watched_too(folder: Path) -> None:
+    (folder / "blocks.py").write_text("CLASSES = 4\n")
+    source = MODELS.replace("nn.Linear(8, 4)", "nn.Linear(8, CLASSES)")
+    (folder / "models.py").write_text(source + "\nfrom blocks import CLASSES\n")
+    opts = Options()
+    assert not pipeline.compress_recipe(recipe.load(folder), opts).up_to_date
+    assert pipeline.compress_recipe(recipe.load(folder), opts).up_to_date
+    (folder / "blocks.py").write_text("CLASSES = 4  # changed\n")
+    assert not pipeline.compress_recipe(recipe.load(folder), opts).up_to_date
+
+
+def test_a_network_that_answers_nan_is_refused(tmp_path: Path) -> None:
+    net = nn.Linear(4, 4)
+    net.weight.data[0] = float("nan")
+    with pytest.raises(InputError, match="the network answers NaN in output 'output'"):
+        compress(net, small_task(), [], tmp_path / "out", Silent())
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_path_that_is_a_file_is_refused_at_once(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.npz is a file, not a folder"):
+        pipeline.compress_recipe(recipe.load(folder), Options(out=folder / "data.npz"))

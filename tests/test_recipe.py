@@ -164,3 +164,18 @@ def test_the_committed_schema_is_current() -> None:
     assert json.loads(path.read_text()) == json.loads(json.dumps(recipe.schema())), (
         "run: python -m edgepack.recipe > core/recipe.schema.json"
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("scale = 255", "scale = 0"), "task: input 'input': scale and std must be finite and above 0"),
+        (("scale = 255", "mean = [1, 2]"), "task: input 'input': mean has 2 values"),
+        (('name = "small"', 'name = ".."'), "must be a plain folder name"),
+        (("threads = 2", "threads = true"), "profile.0.device.threads: a whole number from 1, not True"),
+    ],
+)
+def test_values_that_only_make_no_sense_are_found_before_any_work(
+    folder: Path, change: tuple[str, str], message: str
+) -> None:
+    assert message in problems(folder, GOOD.replace(*change))
