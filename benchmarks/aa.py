@@ -4,7 +4,8 @@
     python benchmarks/aa.py --comparisons 10 --slowdowns 6 --load off
 
 Each comparison goes through the same code as ``edgepack compare``. Beside it stands what people do by hand: time one,
-then the other, compare the medians. Writes ``benchmarks/results/aa.json`` and a table.
+then the other, compare the medians. Writes ``benchmarks/results/aa.json``, prints a table, and
+``--document`` writes ``docs/measuring.md`` from the stored results.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from edgepack.samples import take
 from edgepack.statistics import Interval
 
 RESULTS = Path(__file__).parent / "results" / "aa.json"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "measuring.md"
 SLOWDOWN = 0.10
 SEQUENTIAL_S = 0.2
 BURST_S = (0.02, 0.2)
@@ -240,6 +242,31 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def document(result: dict[str, Any]) -> str:
+    """``docs/measuring.md``: what the stored run showed."""
+    rows = [
+        f"| {row['phase']} | {row['comparisons']} | {row['same']} | {row['cannot tell']} | {row['faster']} "
+        f"| {row['slower']} | {' … '.join(f'{value:.3f}' for value in row['ratio'])} "
+        f"| {row['by_hand']['same']} / {row['by_hand']['faster']} / {row['by_hand']['slower']} "
+        f"| {' … '.join(f'{value:.3f}' for value in row['by_hand_ratio'])} |"
+        for row in result["summary"]
+    ]
+    return (
+        "# Can the stopwatch be trusted?\n\nWritten by `python benchmarks/aa.py --document` from "
+        "`benchmarks/results/aa.json`; do not edit.\n\nA small ONNX network was compared with itself, with nothing "
+        "else to do (quiet) and beside bursts of matrix products on every core (load), and with itself made 10 % "
+        "slower (slowed). A verdict other than *same* or *cannot tell* in the first two rows is a false alarm; in the "
+        "last two, *slower* is right. *By hand* is one after the other: same / faster / slower by the medians, against "
+        "the same 3 %. Ratios are least … median … greatest.\n\n"
+        "| | comparisons | same | cannot tell | faster | slower | ratio | by hand | ratio by hand |\n"
+        f"{'| --- ' * 9}|\n"
+        + "\n".join(rows)
+        + f"\n\nOne inference takes {result['floor_ms']:.3f} ms; one comparison at "
+        f"most {result['settings']['max_seconds']} s, {result['settings']['instances']} engine instances per side; "
+        f"{result['runtime']}, {result['device'].get('processor', 'processor unknown')}.\n"
+    )
+
+
 def run(options: argparse.Namespace, artifact: Artifact, say: Callable[[str], object]) -> dict[str, Any]:
     """All phases."""
     runtime: Runtime = parts.find(Runtime, options.runtime)()  # type: ignore[type-abstract]
@@ -287,7 +314,11 @@ def main() -> None:
     parser.add_argument("--runtime", default="onnxruntime")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--document", action="store_true", help="only write docs/measuring.md from the stored results")
     options = parser.parse_args()
+    if options.document:
+        DOCUMENT.write_text(document(json.loads(options.out.read_text(encoding="utf-8"))), encoding="utf-8")
+        return
     with tempfile.TemporaryDirectory() as scratch:
         artifact = Artifact.open(options.artifact) if options.artifact else build(Path(scratch) / "aa")
         begin = time.perf_counter()

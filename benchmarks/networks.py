@@ -86,7 +86,7 @@ def networks() -> list[Network]:
                 "resnet32_cifar10.safetensors", data=cifar, metric="top1"),
         Network("vit (CIFAR-10)", "models.py:vit_cifar10", image(32, **CIFAR_VIT),
                 "vit_cifar10.safetensors", data=cifar, metric="top1"),
-        Network("mobilenet_v1 0.25 (ImageNet sample)", "models.py:mobilenet_v1_025", image(224, **IMAGENET),
+        Network("mobilenet_v1 0.25 (ImageNet sample)", "models.py:mobilenet_v1_025", image(224, resize=256, **IMAGENET),
                 "mobilenet_v1_025_imagenet.safetensors", data={"data": "imagenet_sample"}, metric="top1"),
         Network("imdn x2 (Set5)", "models.py:imdn_x2", image(64, **any_size),
                 "imdn_x2.safetensors", data=pairs, metric="psnr_y"),
