@@ -183,7 +183,7 @@ def test_golden_samples_that_the_manifest_does_not_list_are_found(tmp_path: Path
     del data["files"]["golden.npz"]
     path.write_text(json.dumps(data))
     with pytest.raises(IntegrityError, match=r"does not list golden\.npz"):
-        Artifact.open(tmp_path / "a").check_hashes()
+        Artifact.open(tmp_path / "a").golden()
 
 
 @pytest.mark.parametrize(
