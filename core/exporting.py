@@ -14,10 +14,11 @@ import numpy as np
 
 from edgepack import parts, scoring
 from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, Parity, describe_files, replacing
+from edgepack.collector import without_collection
 from edgepack.compressing import BASELINE, COMPRESSED
 from edgepack.contracts import Exporter, Graph, Preprocessing, TensorSpec
 from edgepack.errors import EdgepackError, InputError, IntegrityError, MissingExtra, StepError, Unsupported
-from edgepack.graph import load_graph, run_graph, to_front, with_front, without_collection
+from edgepack.graph import load_graph, run_graph, to_front, with_front
 from edgepack.parity import check, runtime_for
 from edgepack.plan import Plan
 from edgepack.progress import Progress

@@ -6,7 +6,6 @@ back: ``edgepack.models.pt2`` checks every member first.
 
 from __future__ import annotations
 
-import gc
 import inspect
 import io
 import logging
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgepack.collector import without_collection
 from edgepack.contracts import Arrays, Graph, Preprocessing, TensorSpec
 from edgepack.errors import InputError, Unsupported
 from edgepack.samples import Array, compute
@@ -337,18 +337,6 @@ def _sentence(error: BaseException) -> str:
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     marked = [line for line in lines if line.startswith("You marked")]
     return (marked or lines or [type(error).__name__])[0]
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """No garbage collection inside: converters keep millions of small objects, and looking at them costs a fifth."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -7,17 +7,16 @@ loop itself is tested in virtual time.
 
 from __future__ import annotations
 
-import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepack.collector import without_collection
 from edgepack.contracts import Settings
 from edgepack.measurement import Ratio
 from edgepack.statistics import Interval, floor, floor_ratio, mean_interval, verdict
@@ -122,7 +121,7 @@ def interleave(
     """Time the arms against each other; an arm is one call per engine instance, the first arm is the reference."""
     tools = tools or Tools()
     begin = tools.clock()
-    with _no_collection():
+    with without_collection():
         warm = _warm_up(arms, settings, tools.clock)
         start = tools.clock()
         blocks = _Blocks.plan(arms, warm, settings, tools)
@@ -168,17 +167,6 @@ def _widest(medians: Sequence[NDArray[np.float64]]) -> float:
         logs = mean_interval([math.log(floor(row)) for row in medians[0]])
         return logs.high - logs.value if len(medians[0]) > 1 else 0.0
     return max(_ratio_of_floors(other, medians[0]).half_width for other in medians[1:])
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _block(call: Call, runs: int, clock: Callable[[], float]) -> list[float]:
