@@ -90,7 +90,7 @@ def _say(text: str) -> None:
 def _document(error: EdgepackError, words: Sequence[str], code: int | None = None) -> None:
     from edgepack._console import screen
 
-    facts = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+    facts = {"kind": type(error).__name__, "message": error.message, "hint": error.hint, **error.details}
     status = error.exit_status if code is None else code
     try:
         screen(as_json="--json" in words).result({"error": {**facts, "exit_status": status}})

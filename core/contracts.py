@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from edgepack.errors import Unsupported
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from edgepack.plan import Plan
     from edgepack.task import Task
 
+FLOAT_LIMIT = 1e-4  # max|a−b| / max|b| of a float artifact against its simulation
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
 
@@ -177,11 +180,13 @@ class Census:
         operators: operator type → count.
         weight_bytes: stored dtype → bytes.
         notes: anything a user should know, one sentence each.
+        contents: ``edgepack.contents.key`` of each stored tensor, one entry per copy in the file.
     """
 
     operators: Mapping[str, int]
     weight_bytes: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    contents: tuple[str, ...] = ()
 
 
 class Session(Protocol):
@@ -194,18 +199,51 @@ class Session(Protocol):
         """Free the engine's memory."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """One operator of an artifact with what it computed.
+
+    Attributes:
+        operator: type, in the format's own words (``Conv``, ``CONV_2D``).
+        name: of the operator in the file, empty if it has none.
+        inputs: identifiers of the tensors it reads, constants left out.
+        outputs: identifier → value.
+    """
+
+    operator: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: Mapping[str, np.ndarray[Any, Any]]
+
+
 class Runtime(Part):
-    """How an artifact executes: an engine. Options that change numbers or speed are fields."""
+    """How an artifact executes: an engine. Options that change numbers or speed are fields.
+
+    ``formats`` it is the engine of; ``proves`` are formats whose numbers it can check where their own engine cannot
+    run. What it proves it never times unless asked by name.
+    """
 
     formats: ClassVar[tuple[str, ...]]
+    proves: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def version(self) -> str:
-        """The engine's version. Raises MissingExtra where it is not installed."""
+        """The engine's version. Raises MissingExtra where it is not installed, DeviceError where it cannot run."""
 
     @abstractmethod
     def load(self, artifact: Artifact, threads: int | None = None) -> Session:
         """Load an artifact with a fixed number of threads (None: the engine's default)."""
+
+    def trace(self, artifact: Artifact, inputs: Arrays) -> list[Step]:
+        """Every operator's results for one batch, in the order of the file, without the engine's fusions.
+
+        Raises Unsupported where the engine cannot show them.
+        """
+        raise Unsupported(f"{type(self).__name__} cannot show what single operators compute")
+
+    def limit(self, artifact: Artifact) -> float:
+        """Largest difference from the simulation, over its largest value, that is no fault of the artifact."""
+        return FLOAT_LIMIT
 
 
 @dataclass(frozen=True)

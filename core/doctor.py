@@ -12,7 +12,7 @@ from typing import Any
 
 from edgepack import parts
 from edgepack.contracts import Device, Exporter, Meter, Packager, Part, Pass, Runtime
-from edgepack.errors import EdgepackError, MissingExtra
+from edgepack.errors import DeviceError, EdgepackError, MissingExtra
 from edgepack.versions import installed
 
 KINDS: Mapping[str, type[Part]] = {
@@ -135,6 +135,8 @@ def _engine_missing(cls: type[Runtime]) -> str | None:
         cls().version()
     except MissingExtra as error:
         return error.hint or error.message
+    except DeviceError as error:
+        return error.message
     return None
 
 

@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable, Sequence
-from types import ModuleType
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType, ModuleType
+from typing import Any
 
 
 class EdgepackError(Exception):
     """A failure with one clear sentence, an optional next step, and an exit status."""
 
     exit_status = 1
+    details: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
@@ -80,9 +82,17 @@ class MeasurementError(EdgepackError):
 
 
 class ParityError(EdgepackError):
-    """An artifact does not compute what its simulation computes."""
+    """An artifact does not compute what its simulation computes.
+
+    Attributes:
+        details: the operator at fault as plain values, empty where it is not known.
+    """
 
     exit_status = 6
+
+    def __init__(self, message: str, hint: str | None = None, details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message, hint)
+        self.details = details or {}
 
 
 class Unsupported(EdgepackError):

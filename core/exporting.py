@@ -16,18 +16,24 @@ from edgepack import parts, scoring
 from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, Parity, describe_files, replacing
 from edgepack.collector import without_collection
 from edgepack.compressing import BASELINE, COMPRESSED
-from edgepack.contracts import Exporter, Graph, Preprocessing, TensorSpec
-from edgepack.errors import EdgepackError, InputError, IntegrityError, MissingExtra, StepError, Unsupported
+from edgepack.contracts import FLOAT_LIMIT, Exporter, Graph, Preprocessing, TensorSpec
+from edgepack.errors import DeviceError, EdgepackError, InputError, IntegrityError, MissingExtra, StepError, Unsupported
 from edgepack.graph import load_graph, run_graph, to_front, with_front
-from edgepack.parity import check, runtime_for
+from edgepack.parity import max_relative, runtime_for
 from edgepack.plan import Plan
 from edgepack.progress import Progress
+from edgepack.proof import hold_storage, prove
+from edgepack.recipe import build
 from edgepack.samples import Array
 from edgepack.versions import versions
 
 if TYPE_CHECKING:
     from edgepack.recipe import Budget
     from edgepack.task import Task
+
+PACKAGES = (
+    "torch", "onnx", "onnxruntime", "openvino", "litert-torch", "ai-edge-litert", "coremltools", "tensorrt",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,23 +160,24 @@ class _Stage:
                 preprocessing=dict(simulation.preprocessing),
                 labels=simulation.labels,
                 history=(*source.manifest.history, step),
-                census=asdict(census),
+                census={key: value for key, value in asdict(census).items() if key != "contents"},
                 float_size_bytes=source.manifest.float_size_bytes,
-                versions=versions("torch", "onnx", "onnxruntime", "openvino"),
+                versions=versions(*PACKAGES),
                 fingerprint=fingerprint,
             )
-            manifest = self._proved(temporary, manifest, source)
+            hold_storage(simulation, census, f"{manifest.format} {manifest.name!r}")
+            manifest = self._proved(temporary, manifest, source, simulation)
             (temporary / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         return Artifact.open(folder)
 
-    def _proved(self, folder: Path, manifest: Manifest, source: Source) -> Manifest:
+    def _proved(self, folder: Path, manifest: Manifest, source: Source, simulation: Graph) -> Manifest:
         """Load the artifact again, compare it with its golden answers, score it, hold it against the budget."""
         artifact = Artifact(folder, manifest)
         try:
             runtime = runtime_for(manifest.format)
-        except (MissingExtra, Unsupported) as error:
+        except (DeviceError, MissingExtra, Unsupported) as error:
             return replace(manifest, parity=Parity(status=f"not run: {error.message}"))
-        manifest = replace(manifest, parity=check(artifact, runtime))
+        manifest = replace(manifest, parity=prove(artifact, runtime, simulation))
         if self.task is not None and manifest.name != BASELINE:
             session = runtime.load(artifact)
             try:
@@ -202,9 +209,28 @@ class _Stage:
             "source": Artifact.open(source).manifest.files,
             "exporter": [parts.name_of(exporter), parts.options_of(exporter)],
             **({} if exporter.name == BASELINE else self._judged_by()),
-            "versions": versions("torch", "onnx", "onnxruntime", "openvino"),
+            "versions": versions(*PACKAGES),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def simulation_of(artifact: Artifact) -> Graph:
+    """Make an artifact's simulation again from the folder it was exported from.
+
+    Raises:
+        InputError: that folder is not there any more, or holds another network by now.
+    """
+    inside = artifact.folder.parent
+    folder = inside / "pt2" if inside.name == BASELINE else inside / COMPRESSED
+    source = Source.open(folder)
+    exporter = build(Exporter, {"use": artifact.manifest.format, **artifact.manifest.history[-1]["options"]})
+    graph = with_front(source.graph, exporter.layout, exporter.normalize)
+    simulation = exporter.lower(graph, source.plan)
+    golden = artifact.golden()
+    for name, answers in run_graph(simulation, golden.inputs).items():
+        if max_relative(answers, golden.simulation[name]) > FLOAT_LIMIT:
+            raise InputError(f"{folder} is not what {artifact.folder} was made from", "export again")
+    return simulation
 
 
 def _current(folder: Path, fingerprint: str) -> Artifact | None:

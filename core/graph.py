@@ -68,6 +68,18 @@ def recapture(graph: Graph, module: nn.Module) -> Graph:
     return replace(graph, program=program, outputs=outputs)
 
 
+def fixed_batch(graph: Graph, batch: int = 1) -> Graph:
+    """The same network for exactly ``batch`` samples per call; other dynamic axes stay."""
+    if not any("batch" in spec.shape for spec in graph.inputs):
+        return graph
+    specs = tuple(
+        replace(spec, shape=tuple(batch if axis == "batch" else axis for axis in spec.shape)) for spec in graph.inputs
+    )
+    program = _export(graph.program.module(check_guards=False), specs)
+    outputs = _flat_outputs(program, specs, [spec.name for spec in graph.outputs])
+    return replace(graph, program=program, inputs=specs, outputs=outputs)
+
+
 def example_inputs(specs: Sequence[TensorSpec], batch: int = EXAMPLE_BATCH) -> tuple[torch.Tensor, ...]:
     """Seeded tensors that fit the specs; the batch axis is ``batch``, other dynamic axes 64."""
     import torch
@@ -150,7 +162,11 @@ def with_front(graph: Graph, layout: str | None, normalize: bool) -> Graph:
     module = _fronted(graph, [fronts[spec.name][1] for spec in graph.inputs])
     program = _export(module, specs)
     outputs = _flat_outputs(program, specs, tuple(spec.name for spec in graph.outputs))
-    left = {} if normalize else dict(graph.preprocessing)
+    baked = {spec.name for spec in specs if normalize and spec.dtype == "uint8"}
+    left = {
+        name: replace(how, scale=1.0, mean=(), std=()) if name in baked else how
+        for name, how in graph.preprocessing.items()
+    }
     return Graph(program, specs, outputs, left, graph.labels)
 
 

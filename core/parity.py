@@ -12,11 +12,10 @@ import numpy as np
 from edgepack import parts
 from edgepack.artifact import Artifact, Golden, Parity
 from edgepack.contracts import Arrays, Runtime, Session, TensorSpec
-from edgepack.errors import MissingExtra, ParityError, Unsupported
+from edgepack.errors import DeviceError, MissingExtra, ParityError, Unsupported
 from edgepack.samples import Array, compute, count
 
 UNBOUNDED = 1e300  # JSON has no infinity
-FLOAT_LIMIT = 1e-4  # max|a−b| / max|b| of a float artifact against its simulation
 
 
 def max_relative(value: Array, reference: Array) -> float:
@@ -52,22 +51,22 @@ def agreement(value: Array, reference: Array) -> float | None:
     return float((value.argmax(1) == reference.argmax(1)).mean())
 
 
-def runtime_for(format_name: str) -> Runtime:
-    """The first engine that reads a format and is installed here.
+def runtime_for(format_name: str, proof: bool = True) -> Runtime:
+    """The first engine of a format that can run here; for a proof of numbers, else the first that proves the format.
 
     Raises:
         Unsupported: no engine of edgepack reads it.
         MissingExtra: none of those that do is installed.
+        DeviceError: the one that does lacks its device.
     """
-    missing: MissingExtra | None = None
-    for name in parts.names(Runtime):
-        cls = parts.find(Runtime, name)
-        if format_name not in cls.formats:
-            continue
+    missing: MissingExtra | DeviceError | None = None
+    classes = [parts.find(Runtime, name) for name in parts.names(Runtime)]
+    own = [cls for cls in classes if format_name in cls.formats]
+    for cls in [*own, *(cls for cls in classes if proof and format_name in cls.proves)]:
         runtime = cls()
         try:
             runtime.version()
-        except MissingExtra as error:
+        except (MissingExtra, DeviceError) as error:
             missing = missing or error
             continue
         return runtime
@@ -86,13 +85,14 @@ def check(artifact: Artifact, runtime: Runtime) -> Parity:
         parity = replace(measure(artifact, session, golden), runtime=f"{parts.name_of(runtime)} {runtime.version()}")
     finally:
         session.close()
-    if parity.max_rel is None or parity.max_rel > FLOAT_LIMIT:
+    limit = runtime.limit(artifact)
+    if parity.max_rel is None or parity.max_rel > limit:
         amount = (
             "without bound" if parity.max_rel in (None, UNBOUNDED) else f"by {parity.max_rel:.2g} of its largest value"
         )
         raise ParityError(
             f"{artifact.manifest.format} {artifact.manifest.name!r}: output {parity.output!r} differs from its "
-            f"simulation {amount} (limit {FLOAT_LIMIT:g}) on {parity.runtime}",
+            f"simulation {amount} (limit {limit:g}) on {parity.runtime}",
             "the artifact was not kept" if artifact.folder.name.startswith(".") else "export again",
         )
     return parity

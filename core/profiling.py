@@ -125,8 +125,8 @@ def _temporary(module: nn.Module, task: Task, folder: Path) -> Artifact:
 
 def _engine(artifact: Artifact, runtime: Runtime | None) -> Runtime:
     if runtime is None:
-        return runtime_for(artifact.manifest.format)
-    if artifact.manifest.format not in runtime.formats:
+        return runtime_for(artifact.manifest.format, proof=False)
+    if artifact.manifest.format not in (*runtime.formats, *runtime.proves):
         raise InputError(
             f"{parts.name_of(runtime)} does not read {artifact.manifest.format} ({artifact.folder})",
             f"it reads {', '.join(runtime.formats)}",

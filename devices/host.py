@@ -118,7 +118,7 @@ def _load(contender: Contender, settings: Settings, stack: ExitStack) -> list[Ca
 def _check(contender: Contender, error: float | None) -> None:
     """A wrong artifact is never timed. Integer artifacts may be as far off as when they were accepted."""
     accepted = contender.artifact.manifest.parity
-    limit = PARITY_LIMIT
+    limit = max(PARITY_LIMIT, contender.runtime.limit(contender.artifact))
     if accepted.status == "checked" and accepted.max_rel is not None:
         limit = max(limit, 2 * accepted.max_rel)
     if error is None or not error <= limit:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from edgepack import contents
 from edgepack.contracts import Census, Exporter, Graph
 from edgepack.export._dialects import lower_float, refuse_plan
 from edgepack.export._onnx_form import LIMIT_BYTES, to_onnx
@@ -74,7 +75,7 @@ def _checked(model: onnx.ModelProto) -> bytes:
 
 def _census(path: Path, notes: list[str]) -> Census:
     import onnx
-    from onnx import TensorProto, helper
+    from onnx import TensorProto, helper, numpy_helper
 
     model = onnx.load_model_from_string(path.read_bytes())
     operators = Counter(node.op_type for node in model.graph.node)
@@ -84,4 +85,5 @@ def _census(path: Path, notes: list[str]) -> Census:
         weights[dtype or str(helper.tensor_dtype_to_np_dtype(tensor.data_type))] += len(tensor.raw_data)
     if operators["BatchNormalization"]:
         notes = [*notes, f"{operators['BatchNormalization']} BatchNormalization nodes are left; the pass fold may help"]
-    return Census(dict(operators), dict(weights), tuple(notes))
+    keys = (contents.key(numpy_helper.to_array(tensor)) for tensor in model.graph.initializer)
+    return Census(dict(operators), dict(weights), tuple(notes), tuple(filter(None, keys)))

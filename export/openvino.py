@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from edgepack import contents
 from edgepack.artifact import reserve
 from edgepack.contracts import Census, Exporter, Graph
 from edgepack.errors import Unsupported, require
@@ -155,10 +156,12 @@ def _describe(model: Any, graph: Graph) -> None:
 def _census(ov: Any, path: Path) -> Census:
     model = ov.Core().read_model(path)
     operators = Counter(node.get_type_name() for node in model.get_ops())
+    constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
     weights: Counter[str] = Counter()
-    for node in model.get_ops():
-        if node.get_type_name() == "Constant":
-            weights[node.get_element_type().to_dtype().name] += node.get_byte_size()
+    for node in constants:
+        weights[node.get_element_type().to_dtype().name] += node.get_byte_size()
     left = operators["BatchNormInference"]
     notes = (f"{left} BatchNormInference nodes are left; the pass fold may help",) if left else ()
-    return Census(dict(operators), dict(weights), notes)
+    return Census(
+        dict(operators), dict(weights), notes, tuple(filter(None, (contents.key(node.data) for node in constants)))
+    )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from edgepack.contracts import Arrays, Runtime, Session
+from edgepack.contracts import Arrays, Runtime, Session, Step
 from edgepack.errors import InputError, Unsupported, require
 from edgepack.runtimes._inputs import Gate
 from edgepack.versions import installed
@@ -26,6 +26,7 @@ class Onnxruntime(Runtime):
     """
 
     formats: ClassVar[tuple[str, ...]] = ("onnx",)
+    proves: ClassVar[tuple[str, ...]] = ("tensorrt",)
 
     optimize: bool = True
     spin: bool = False
@@ -46,6 +47,27 @@ class Onnxruntime(Runtime):
                 raise Unsupported(sentence) from error
             raise InputError(sentence, "export again") from error
         return _Session(engine, artifact)
+
+    def trace(self, artifact: Artifact, inputs: Arrays) -> list[Step]:
+        ort, onnx = require("onnxruntime", "onnx-run"), require("onnx", "onnx")
+        model = onnx.load(artifact.file(".onnx"))
+        ports = {port.name for port in model.graph.output}
+        inner = [name for node in model.graph.node for name in node.output if name and name not in ports]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner)
+        options = replace(self, optimize=False)._options(ort, None)
+        engine = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        names = [port.name for port in engine.get_outputs()]
+        values = dict(zip(names, engine.run(names, dict(inputs)), strict=True))
+        live = {*inputs, *values}
+        return [
+            Step(
+                node.op_type,
+                node.name,
+                tuple(name for name in node.input if name in live),
+                {name: values[name] for name in node.output if name in values},
+            )
+            for node in model.graph.node
+        ]
 
     def _options(self, ort: Any, threads: int | None) -> Any:
         options = ort.SessionOptions()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from edgepack.contracts import Arrays, Runtime, Session
+from edgepack.contracts import Arrays, Runtime, Session, Step
 from edgepack.errors import InputError, Unsupported, require
 from edgepack.runtimes._inputs import Gate
 from edgepack.versions import installed
@@ -59,6 +59,29 @@ class Openvino(Runtime):
             raise Unsupported(f"OpenVINO {self.version()} cannot run {path}: {_sentence(error)}") from error
         return _Session(compiled, artifact)
 
+    def trace(self, artifact: Artifact, inputs: Arrays) -> list[Step]:
+        ov = require("openvino", "openvino-run")
+        core = ov.Core()
+        model = core.read_model(artifact.file(".onnx" if artifact.manifest.format == "onnx" else ".xml"))
+        nodes = _live(model)
+        for port in [port for node in nodes for port in node.outputs()]:
+            if not port.get_names():
+                port.set_names({_identifier(port)})
+        model.add_outputs([port for node in nodes for port in node.outputs()])
+        request = core.compile_model(model, self.device, replace(self, precision="float32")._settings(None))
+        results = request.create_infer_request().infer(dict(inputs))
+        values = {name: array for port, array in results.items() for name in port.get_names()}
+        return [
+            Step(
+                node.get_type_name(),
+                node.get_friendly_name(),
+                tuple(port.get_source_output().get_any_name() for port in node.inputs()
+                      if port.get_source_output().get_names()),
+                {name: values[name] for port in node.outputs() for name in [port.get_any_name()]},
+            )
+            for node in nodes
+        ]  # fmt: skip
+
     def _settings(self, threads: int | None) -> dict[str, Any]:
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if self.device == "CPU":
@@ -69,6 +92,24 @@ class Openvino(Runtime):
         if self.precision != "default":
             settings["INFERENCE_PRECISION_HINT"] = HINTS[self.precision]
         return settings
+
+
+def _live(model: Any) -> list[Any]:
+    """Operators whose results depend on the inputs, in order."""
+    live: dict[str, Any] = {}
+    nodes = []
+    for node in model.get_ordered_ops():
+        kind = node.get_type_name()
+        sources = [port.get_source_output().get_node().get_friendly_name() for port in node.inputs()]
+        if kind == "Parameter" or (kind != "Result" and any(source in live for source in sources)):
+            live[node.get_friendly_name()] = node
+            if kind != "Parameter":
+                nodes.append(node)
+    return nodes
+
+
+def _identifier(port: Any) -> str:
+    return f"{port.get_node().get_friendly_name()}:{port.get_index()}"
 
 
 class _Session:

@@ -11,9 +11,9 @@ pytest.importorskip("openvino", reason="pip install 'edgepack[openvino]'")
 
 from edgepack import models, parts
 from edgepack.artifact import Artifact, Manifest, describe_files
-from edgepack.contracts import Exporter, Runtime
+from edgepack.contracts import FLOAT_LIMIT, Exporter, Runtime
 from edgepack.graph import capture, run_graph
-from edgepack.parity import FLOAT_LIMIT, max_relative
+from edgepack.parity import max_relative
 from edgepack.plan import Plan
 from edgepack.task import Input, Task
 
