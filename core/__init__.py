@@ -1,8 +1,8 @@
 """edgepack: make a trained vision model small and fast, and prove on every target that it still works.
 
 The verbs are functions: ``edgepack.compress(module, task, [Fold()], out="edgepack-out")``, then
-``edgepack.export("edgepack-out", [Onnx()])``, ``profile``, ``verify``, ``compare``, ``report``. Nothing heavy is
-imported until a verb runs. ``compress`` and ``export`` are also the packages of the passes and exporters.
+``edgepack.export("edgepack-out", [Onnx()])``, ``profile``, ``verify``, ``compare``, ``deploy``, ``report``. Nothing
+heavy is imported until a verb runs. ``compress``, ``export`` and ``deploy`` are also the packages of their parts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 _HOME = {
     "compress": "edgepack.compress",
     "export": "edgepack.export",
+    "deploy": "edgepack.deploy",
     "profile": "edgepack.api",
     "verify": "edgepack.api",
     "compare": "edgepack.api",
@@ -35,7 +36,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'edgepack' has no attribute {name!r}")
     module = importlib.import_module(_HOME[name])
-    return module if name in ("compress", "export") else getattr(module, name)
+    return module if name in ("compress", "export", "deploy") else getattr(module, name)
 
 
 def __dir__() -> list[str]:

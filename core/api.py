@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from edgepack import pipeline, profiling
 from edgepack.artifact import Artifact
 from edgepack.compressing import CompressResult
-from edgepack.contracts import Device, Exporter, Pass, Runtime, Settings
+from edgepack.contracts import Device, Exporter, Packager, Pass, Runtime, Settings
 from edgepack.exporting import ExportResult
 from edgepack.measurement import Profile
 from edgepack.pipeline import VerifyResult
@@ -18,6 +18,7 @@ from edgepack.progress import Progress, Silent
 if TYPE_CHECKING:
     from torch import nn
 
+    from edgepack.packaging import PackageResult
     from edgepack.task import Task
 
 OUT = "edgepack-out"
@@ -69,6 +70,18 @@ def profile(
     opened = [item if isinstance(item, Artifact) else Artifact.open(item) for item in artifacts]
     where = device or parts.find(Device, "host")()
     return profiling.profile(opened, where, runtime, settings or Settings(), Silent())
+
+
+def deploy(
+    artifacts: Sequence[Path | str], packager: Packager, out: Path | str | None = None, force: bool = False
+) -> list[PackageResult]:
+    """Write one package per artifact folder into ``out/packages``; default ``packages`` beside the artifact.
+
+    Raises:
+        Unsupported: the packager does not take a format. ParityError: an artifact was never checked, and could be.
+    """
+    opts = pipeline.Options(out=None if out is None else Path(out), force=force)
+    return pipeline.deploy_folders([Path(folder) for folder in artifacts], packager, opts)
 
 
 def verify(folder: Path | str) -> VerifyResult:

@@ -275,6 +275,22 @@ def compare(
     return _profiles(call, found)
 
 
+@verb(
+    *WORK,
+    examples="edgepack deploy --to linux\nedgepack deploy edgepack-out/onnx --to linux --set deploy.linux.samples=2",
+)
+def deploy(
+    call: Call,
+    targets: Targets = None,
+    to: Annotated[str, typer.Option(metavar="PACKAGER", help="What to package for: linux.")] = "linux",
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Of the recipe's exports; may repeat.")] = None,
+) -> Json:
+    """Write packages an app can include: model, contract, samples in C++ and Python, and a self-test."""
+    from edgepack import _deploying
+
+    return _deploying.deploy(call, targets or [RECIPE], to, only or ())
+
+
 @verb("out", "overrides", examples="edgepack verify\nedgepack verify edgepack-out/onnx")
 def verify(call: Call, targets: Targets = None, runtime: Runtime = None) -> Json:
     """Check every hash of artifacts, and their answers to the golden samples."""

@@ -1,4 +1,4 @@
-"""The verbs over a recipe: compress, export, profile, verify, compare, report."""
+"""The verbs over a recipe: compress, export, profile, deploy, verify, compare, report."""
 
 from __future__ import annotations
 
@@ -12,18 +12,28 @@ from typing import TYPE_CHECKING, Any
 from edgepack import fingerprint, parts
 from edgepack.artifact import MANIFEST, Artifact, Parity
 from edgepack.compressing import BASELINE, COMPRESSED, CompressResult, compress, result
-from edgepack.contracts import Device, Exporter, Runtime, Settings
-from edgepack.errors import BudgetError, InputError, IntegrityError, MeasurementError
-from edgepack.exporting import ExportResult, export
+from edgepack.contracts import Device, Exporter, Packager, Runtime, Settings
+from edgepack.errors import (
+    BudgetError,
+    EdgepackError,
+    InputError,
+    IntegrityError,
+    MeasurementError,
+    ParityError,
+    nearest,
+)
+from edgepack.exporting import ExportResult, export, simulation_of
 from edgepack.measurement import Profile
 from edgepack.parity import check, runtime_for
 from edgepack.profiling import profile, profile_out, store
 from edgepack.progress import Progress, Silent
+from edgepack.proof import blamed
 from edgepack.recipe import Measurement, Recipe, artifact_name, build
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from edgepack.packaging import PackageResult
     from edgepack.task import Task
 
 
@@ -106,6 +116,31 @@ def profile_recipe(recipe: Recipe, opts: Options) -> list[Profile]:
     return found
 
 
+def deploy_recipe(recipe: Recipe, packager: Packager, opts: Options, only: Sequence[str] = ()) -> list[PackageResult]:
+    """Package the recipe's artifacts that the packager takes, or the ones named."""
+    from edgepack import packaging
+
+    names = [artifact_name(item) for item in recipe.exporters]
+    for name in only:
+        if name not in names:
+            raise InputError(f"{recipe.path.name} has no [[export]] {name!r}", nearest(name, names))
+    out = _folder(opts.out or recipe.out)
+    found = [Artifact.open(out / name) for name in (only or names)]
+    if not found:
+        raise InputError(f"{recipe.path.name} has no [[export]]", 'add [[export]] with use = "onnx"')
+    taken = [item for item in found if packaging.takes(item, packager)]
+    chosen = found if only or not taken else taken
+    results = packaging.deploy([item.folder for item in chosen], packager, out, opts.progress, opts.force)
+    return packaging.noting(results, [item for item in found if item not in chosen], packager)
+
+
+def deploy_folders(folders: Sequence[Path], packager: Packager, opts: Options) -> list[PackageResult]:
+    """Package artifact folders."""
+    from edgepack import packaging
+
+    return packaging.deploy(folders, packager, opts.out, opts.progress, opts.force)
+
+
 def profile_folders(
     folders: Sequence[Path], runtime: str | None, settings: Settings, progress: Progress | None = None
 ) -> list[Profile]:
@@ -136,7 +171,19 @@ def verify(folder: Path, runtime: str | None = None) -> VerifyResult:
     artifact = Artifact.open(folder)
     artifact.check_hashes()
     engine = runtime_for(artifact.manifest.format) if runtime is None else build(Runtime, {"use": runtime})
-    return VerifyResult(artifact, check(artifact, engine), time.perf_counter() - began)
+    return VerifyResult(artifact, _checked(artifact, engine), time.perf_counter() - began)
+
+
+def _checked(artifact: Artifact, engine: Runtime) -> Parity:
+    try:
+        return check(artifact, engine)
+    except ParityError as error:
+        try:
+            simulation = simulation_of(artifact)
+        except EdgepackError as reason:
+            message = f"{error.message}; which operator cannot be told: {reason.message}"
+            raise ParityError(message, error.hint) from error
+        raise blamed(error, artifact, engine, simulation) from error
 
 
 def artifacts_in(out: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from edgepack.errors import EdgepackError, InputError, RecipeError, StorageError
 from edgepack.task import Input
 
 FILE = "edgepack.toml"
-RESERVED = ("compressed", "baseline", "profiles", "work")
+RESERVED = ("compressed", "baseline", "profiles", "packages", "work")
 P = TypeVar("P", bound=Part)
 Positive = Annotated[float, Field(gt=0)]
 Table = dict[str, Any]
@@ -203,6 +203,15 @@ def build(kind: type[P], entry: Mapping[str, Any]) -> P:
         return TypeAdapter(cls).validate_python(options)
     except ValidationError as error:
         raise InputError("\n".join(_line(item) for item in error.errors())) from error
+
+
+def build_with(kind: type[P], name: str, section: str, overrides: Sequence[str]) -> P:
+    """Make a part by name, its options from overrides such as ``deploy.linux.samples=4``."""
+    parts.find(kind, name)
+    table: Table = {section: [{"use": name}]}
+    for override in overrides:
+        _override(table, override)
+    return build(kind, table[section][0])
 
 
 def schema() -> dict[str, Any]:

@@ -17,7 +17,7 @@ import pytest
 
 from edgepack import _console, cli, errors, pipeline, recipe
 
-VERBS = ("init", "compress", "export", "run", "profile", "compare", "verify", "report", "list", "doctor")
+VERBS = ("init", "compress", "export", "run", "profile", "compare", "verify", "deploy", "report", "list", "doctor")
 Run = Callable[..., tuple[int, str, str]]
 
 
