@@ -241,6 +241,10 @@ class Runtime(Part):
         """
         raise Unsupported(f"{type(self).__name__} cannot show what single operators compute")
 
+    def untimed(self) -> str | None:
+        """Why its latencies would mean nothing; None where an engine runs."""
+        return None
+
     def limit(self, artifact: Artifact) -> float:
         """Largest difference from the simulation, over its largest value, that is no fault of the artifact."""
         return FLOAT_LIMIT

@@ -57,6 +57,7 @@ def capture(module: nn.Module, task: Task) -> Graph:
         specs = tuple(replace(spec, shape=item.shape) for spec, item in zip(specs, task.inputs, strict=True))
         logging.getLogger(__name__).info("the network fixes its batch size; captured at the task's shape")
         program = _export(module, specs)
+    _drop_detach(program)
     outputs = _flat_outputs(program, specs, task.output_names or _lifted_names(module))
     return Graph(program, specs, outputs, dict(task.preprocessing), task.labels)
 
@@ -250,6 +251,16 @@ def _export(module: nn.Module, specs: Sequence[TensorSpec]) -> ExportedProgram:
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         shapes = ", ".join(f"{spec.name} {list(tensor.shape)}" for spec, tensor in zip(specs, examples, strict=True))
         raise InputError(f"the network does not run on the task's inputs ({shapes}): {_sentence(error)}") from error
+
+
+def _drop_detach(program: ExportedProgram) -> None:
+    """``torch.tensor`` in a forward leaves a constant and ``detach_``; captured again it would look like a change."""
+    import torch
+
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.detach_.default):
+        node.replace_all_uses_with(node.args[0])
+        program.graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 def _flat_outputs(

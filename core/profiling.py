@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from edgepack import parts
 from edgepack.artifact import MANIFEST, Artifact, Golden, Manifest, describe_files, write_text
 from edgepack.compressing import BASELINE
 from edgepack.contracts import Contender, Device, Exporter, Runtime, Settings
-from edgepack.errors import InputError
+from edgepack.errors import DeviceError, EdgepackError, InputError, MissingExtra, Unsupported
 from edgepack.measurement import Profile, Ratio
 from edgepack.parity import runtime_for
 from edgepack.plan import Plan
@@ -44,11 +45,15 @@ def profile(
     Raises:
         InputError: the runtime does not read an artifact's format.
         ParityError: an artifact does not give its golden answers; it is not timed.
+        DeviceError: what would run here is no engine.
     """
     contenders = [
         Contender(label, artifact, _engine(artifact, runtime))
         for label, artifact in zip(_labels(artifacts, below), artifacts, strict=True)
     ]
+    for contender in contenders:
+        if (reason := contender.runtime.untimed()) is not None:
+            raise DeviceError(reason)
     names = ", ".join(contender.label for contender in contenders)
     step, shown = progress.start(f"measuring {names}", 100), [0]
 
@@ -68,7 +73,13 @@ def profile_out(
     settings: Settings,
     progress: Progress,
 ) -> list[Profile]:
-    """Measure exported artifacts, each format in one run beside its baseline."""
+    """Measure exported artifacts, each format in one run beside its baseline.
+
+    Formats whose engine cannot run here are left out with a warning, unless there are no others.
+
+    Raises:
+        MissingExtra, DeviceError: no exported format can be measured here.
+    """
     groups: dict[str, list[Artifact]] = {}
     for name in names:
         artifact = Artifact.open(out / name)
@@ -76,12 +87,29 @@ def profile_out(
             groups.setdefault(artifact.manifest.format, []).append(artifact)
     if not groups and runtime is not None:
         raise InputError(f"{parts.name_of(runtime)} reads none of the exported formats", f"it reads {runtime.formats}")
+    if runtime is None:
+        groups = _measurable(groups)
     profiles: list[Profile] = []
     for format_name, artifacts in groups.items():
         baseline = out / BASELINE / format_name
         first = [Artifact.open(baseline)] if (baseline / MANIFEST).exists() else []
         profiles += profile([*first, *artifacts], device, runtime, settings, progress, out)
     return profiles
+
+
+def _measurable(groups: Mapping[str, list[Artifact]]) -> dict[str, list[Artifact]]:
+    reasons: dict[str, EdgepackError] = {}
+    for format_name in groups:
+        try:
+            if (reason := runtime_for(format_name, proof=False).untimed()) is not None:
+                raise DeviceError(reason)
+        except (DeviceError, MissingExtra, Unsupported) as error:
+            reasons[format_name] = error
+    if reasons and len(reasons) == len(groups):
+        raise next(iter(reasons.values()))
+    for format_name, why in reasons.items():
+        logging.getLogger(__name__).warning("%s is not measured: %s", format_name, why.message)
+    return {name: artifacts for name, artifacts in groups.items() if name not in reasons}
 
 
 def store(out: Path, profiles: Sequence[Profile]) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgepack.contents import key
 from edgepack.export._onnx_slim import slim, store_half
 from edgepack.export._tensorrt_rules import check_rules
 
@@ -30,22 +28,6 @@ def write(model: onnx.ModelProto, path: Path, half: bool) -> list[str]:
     checker.check_model(data, full_check=True)
     path.write_bytes(data)
     return [f"{left_bytes} bytes of biases and constants stay float32"] if left_bytes else []
-
-
-def read(path: Path) -> tuple[dict[str, int], dict[str, int], tuple[str, ...]]:
-    """Operators, bytes of weights by dtype and keys of contents of the file."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    graph = onnx.load_model_from_string(path.read_bytes()).graph
-    weights: Counter[str] = Counter()
-    contents = []
-    for tensor in graph.initializer:
-        dtype = "bfloat16" if tensor.data_type == TensorProto.BFLOAT16 else None
-        weights[dtype or str(helper.tensor_dtype_to_np_dtype(tensor.data_type))] += len(tensor.raw_data)
-        if (found := key(numpy_helper.to_array(tensor))) is not None:
-            contents.append(found)
-    return dict(Counter(node.op_type for node in graph.node)), dict(weights), tuple(contents)
 
 
 def cast_first(graph: onnx.GraphProto) -> None:

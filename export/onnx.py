@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from edgepack import contents
 from edgepack.contracts import Census, Exporter, Graph
 from edgepack.export._dialects import lower_float, refuse_plan
+from edgepack.export._onnx_census import census
 from edgepack.export._onnx_form import LIMIT_BYTES, to_onnx
 from edgepack.export._onnx_slim import slim, store_half
 
@@ -51,7 +50,7 @@ class Onnx(Exporter):
             _describe(model, simulation)
         (folder / MODEL).write_bytes(_checked(model))
         notes = [f"{left_bytes} bytes of biases and constants stay float32"] if left_bytes else []
-        return _census(folder / MODEL, notes)
+        return census(folder / MODEL, notes)
 
 
 def _describe(model: onnx.ModelProto, graph: Graph) -> None:
@@ -71,19 +70,3 @@ def _checked(model: onnx.ModelProto) -> bytes:
     data: bytes = model.SerializeToString(deterministic=True)
     checker.check_model(data, full_check=True)
     return data
-
-
-def _census(path: Path, notes: list[str]) -> Census:
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    model = onnx.load_model_from_string(path.read_bytes())
-    operators = Counter(node.op_type for node in model.graph.node)
-    weights: Counter[str] = Counter()
-    for tensor in model.graph.initializer:
-        dtype = "bfloat16" if tensor.data_type == TensorProto.BFLOAT16 else None
-        weights[dtype or str(helper.tensor_dtype_to_np_dtype(tensor.data_type))] += len(tensor.raw_data)
-    if operators["BatchNormalization"]:
-        notes = [*notes, f"{operators['BatchNormalization']} BatchNormalization nodes are left; the pass fold may help"]
-    keys = (contents.key(numpy_helper.to_array(tensor)) for tensor in model.graph.initializer)
-    return Census(dict(operators), dict(weights), tuple(notes), tuple(filter(None, keys)))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from edgepack.contracts import Census, Exporter, Graph, TensorSpec
 from edgepack.errors import Unsupported, nearest
 from edgepack.export._dialects import lower_float, refuse_plan
+from edgepack.export._onnx_census import census
 from edgepack.export._onnx_form import to_onnx
 
 if TYPE_CHECKING:
@@ -70,8 +71,7 @@ class Tensorrt(Exporter):
         settings = self._settings(simulation.inputs)
         notes = form.write(to_onnx(simulation, OPSET), folder / MODEL, self.precision == "float16")
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        operators, weight_bytes, contents = form.read(folder / MODEL)
-        return Census(operators, weight_bytes, tuple(notes), contents)
+        return census(folder / MODEL, notes)
 
     def _settings(self, inputs: Sequence[TensorSpec]) -> dict[str, Any]:
         return {

@@ -13,7 +13,7 @@ from torch import nn
 from edgepack.artifact import Manifest
 from edgepack.contracts import Graph
 from edgepack.errors import EdgepackError, InputError, Unsupported
-from edgepack.graph import capture, load_graph, run_graph, run_module, save_graph, with_front
+from edgepack.graph import capture, fixed_batch, load_graph, recapture, run_graph, run_module, save_graph, with_front
 from edgepack.task import Input, Task
 
 
@@ -60,11 +60,45 @@ def test_normalize_takes_raw_pixels() -> None:
         "NHWC",
         ("batch", 16, 24, 3),
     )
-    assert front.preprocessing == {}
+    assert front.preprocessing["image"].identity  # what is left to the caller: the size of the picture
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), dtype=np.uint8)
     x = ((pixels / 255 - task.inputs[0].mean) / task.inputs[0].std).transpose(0, 3, 1, 2).astype(np.float32)
     expected = net(torch.from_numpy(x)).detach().numpy()
     np.testing.assert_allclose(run_graph(front, {"image": pixels})["output"], expected, atol=1e-5)
+
+
+def test_what_is_baked_in_keeps_the_rule_of_size() -> None:
+    task = Task((Input("image", (1, 3, 16, 24), mean=(0.4, 0.5, 0.6), scale=255, resize=32), Input("facts", (1, 4))))
+
+    class Two(nn.Module):
+        def forward(self, image: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
+            return image.mean((1, 2, 3))[:, None] * facts
+
+    left = with_front(capture(Two(), task), None, True).preprocessing
+    assert left["image"].identity
+    assert left["image"].resize == 32
+
+
+def test_a_fixed_batch_keeps_the_answers() -> None:
+    net = small_net().eval()
+    graph = fixed_batch(capture(net, image_task()))
+    assert graph.inputs[0].shape == (1, 3, 16, 24)
+    assert graph.outputs[0].shape[0] == 1
+    x = np.random.default_rng(0).standard_normal((3, 3, 16, 24)).astype(np.float32)
+    expected = net(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(run_graph(graph, {"image": x})["output"], expected, atol=1e-5)
+    assert fixed_batch(graph) is graph
+
+
+def test_a_tensor_made_in_forward_can_be_captured_again() -> None:
+    class Scaled(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image * torch.tensor([1.0, 2.0, 3.0]).reshape(3, 1, 1)
+
+    graph = capture(Scaled(), image_task())
+    again = recapture(graph, graph.program.module(check_guards=False))
+    x = np.ones((2, 3, 16, 24), np.float32)
+    assert run_graph(again, {"image": x})["output"][0, :, 0, 0].tolist() == [1, 2, 3]
 
 
 def test_layout_nhwc_keeps_values_and_preprocessing() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from edgepack import parity
 from edgepack.artifact import Artifact, Golden, Manifest, describe_files
 from edgepack.contracts import Runtime, TensorSpec
-from edgepack.errors import ParityError, Unsupported
+from edgepack.errors import DeviceError, ParityError, Unsupported
 
 Array = np.ndarray[Any, Any]
 
@@ -112,3 +112,47 @@ def test_agreement_is_for_class_scores_only() -> None:
 def test_a_format_nobody_reads() -> None:
     with pytest.raises(Unsupported, match="no engine here reads 'cuneiform'"):
         parity.runtime_for("cuneiform")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Absent(Runtime):
+    """The engine of a format, on a machine without its device."""
+
+    formats: ClassVar[tuple[str, ...]] = ("pretend",)
+
+    def version(self) -> str:
+        raise DeviceError("there is no such device")
+
+    def load(self, artifact: Artifact, threads: int | None = None) -> Any:
+        raise AssertionError("never loaded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prover(Pretend):
+    """Reads the format too, but is not its engine."""
+
+    formats: ClassVar[tuple[str, ...]] = ("other",)
+    proves: ClassVar[tuple[str, ...]] = ("pretend",)
+    function: Callable[[Array], Array] = lambda x: x
+
+
+def test_another_engine_proves_numbers_but_does_not_stand_for_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = {"absent": Absent, "prover": Prover}
+    monkeypatch.setattr(parity.parts, "names", lambda kind: sorted(classes))
+    monkeypatch.setattr(parity.parts, "find", lambda kind, name: classes[name])
+    assert isinstance(parity.runtime_for("pretend"), Prover)
+    with pytest.raises(DeviceError, match="no such device"):
+        parity.runtime_for("pretend", proof=False)
+    assert isinstance(parity.runtime_for("other", proof=False), Prover)
+
+
+def test_an_engine_may_compute_in_fewer_digits(tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Coarse(Pretend):
+        def limit(self, artifact: Artifact) -> float:
+            return 1e-2
+
+    coarse = Coarse(function=lambda x: 2 * x * np.float32(1.001))
+    assert parity.check(artifact(tmp_path / "a"), coarse).status == "checked"
+    with pytest.raises(ParityError, match=r"limit 0\.01"):
+        parity.check(artifact(tmp_path / "b"), replace(coarse, function=lambda x: 2 * x * np.float32(1.1)))
