@@ -2,6 +2,7 @@
 
     python benchmarks/networks.py                     # everything
     python benchmarks/networks.py resnet20 mobilenet  # networks whose name contains one of these words
+    python benchmarks/networks.py --formats tflite    # one format of all of them; rows of the others stay
 
 Zoo networks have random weights and random batch-norm statistics (a fresh network's statistics hide folding
 errors). Networks with trained weights need the data folder, ``--data`` (default: ../shared/data beside the
@@ -14,6 +15,7 @@ import argparse
 import gc
 import json
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,27 +26,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgepack import metrics, models
+from edgepack import metrics, models, parts
 from edgepack.artifact import write_text
 from edgepack.compress.fold import Fold
-from edgepack.compressing import compress
+from edgepack.compressing import BASELINE, compress
+from edgepack.contracts import Exporter
 from edgepack.data import open_data
 from edgepack.errors import EdgepackError
-from edgepack.export.onnx import Onnx
-from edgepack.export.openvino import Openvino
-from edgepack.exporting import export
+from edgepack.exporting import PACKAGES, export
 from edgepack.progress import Silent
 from edgepack.task import Input, Task
 from edgepack.versions import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 ZOO = ROOT / "examples" / "zoo"
-EXPORTERS = (
-    Onnx(),
-    Openvino(),
-    Onnx(name="onnx-float16", precision="float16"),
-    Openvino(name="openvino-float16", precision="float16"),
-)
+FORMATS = ("onnx", "openvino", "tflite", "coreml", "tensorrt")
+INTERPRETED = {"coreml": 1000}  # images that are scored where an interpreter computes
+LABELS = {"float32": "{}", "float16": "{}-float16"}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "scale": 255.0}
 CIFAR_VIT = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010), "scale": 255.0}
 
@@ -90,6 +88,7 @@ def networks() -> list[Network]:
                 "mobilenet_v1_025_imagenet.safetensors", data={"data": "imagenet_sample"}, metric="top1"),
         Network("imdn x2 (Set5)", "models.py:imdn_x2", image(64, **any_size),
                 "imdn_x2.safetensors", data=pairs, metric="psnr_y"),
+        Network("imdn x2 (64×64 only)", "models.py:imdn_x2", image(64, scale=255.0), "imdn_x2.safetensors"),
         Network("imdn x2, from .onnx", "data:imdn_x2.onnx", image(64, **any_size), data=pairs, metric="psnr_y"),
         *(Network(name, f"torchvision:{name}", image(224)) for name in ("mobilenet_v2", "resnet50", "densenet121")),
         Network("ssdlite320_mobilenet_v3_large (raw heads)", "local:ssdlite", image(320)),
@@ -188,32 +187,43 @@ def with_statistics(module: nn.Module) -> nn.Module:
     return module
 
 
-def task_of(network: Network, data: Path) -> Task:
+def task_of(network: Network, data: Path, samples: int | None = None) -> Task:
     if not network.data:
         return Task(network.inputs)
-    opened = open_data(dict(network.data), network.inputs, data)
+    limit = {"samples": samples} if samples is not None and network.metric == "top1" else {}
+    opened = open_data({**network.data, **limit}, network.inputs, data)
     return Task(network.inputs, evaluation=opened, metric=metrics.find(network.metric, data))
 
 
-def rows(network: Network, data: Path) -> list[dict[str, Any]]:
-    """One row per format; a failure is a row with its exit status and sentence."""
+def rows(network: Network, data: Path, formats: Sequence[str]) -> list[dict[str, Any]]:
+    """Two rows per format; a failure is a row with its exit status and sentence."""
     found = []
-    with tempfile.TemporaryDirectory() as folder:
-        out, began = Path(folder), time.perf_counter()
-        try:
-            result = compress(load(network, data), task_of(network, data), [Fold()], out, Silent())
-        except EdgepackError as error:
-            return [{"network": network.name, "format": "compress", "exit": error.exit_status, "why": error.message}]
-        seconds = time.perf_counter() - began
-        for exporter in EXPORTERS:
-            found.append({"network": network.name, "format": exporter.name or exporter.format,
-                          "compress_seconds": round(seconds, 1), "folded": result.notes,
-                          **row(out, exporter, task_of(network, data))})  # fmt: skip
-            print(json.dumps({k: v for k, v in found[-1].items() if k != "folded"}), flush=True)  # noqa: T201
+    for samples in sorted({INTERPRETED.get(name) for name in formats}, key=str):
+        mine = [name for name in formats if INTERPRETED.get(name) == samples]
+        with tempfile.TemporaryDirectory() as folder:
+            found += _rows(network, task_of(network, data, samples), load(network, data), Path(folder), mine)
     return found
 
 
-def row(out: Path, exporter: Onnx | Openvino, task: Task) -> dict[str, Any]:
+def _rows(network: Network, task: Task, module: nn.Module, out: Path, formats: Sequence[str]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    began = time.perf_counter()
+    try:
+        result = compress(module, task, [Fold()], out, Silent())
+    except EdgepackError as error:
+        return [{"network": network.name, "format": "compress", "exit": error.exit_status, "why": error.message}]
+    seconds = time.perf_counter() - began
+    shutil.rmtree(out / BASELINE)  # the original in each format is not asked for here
+    for name, precision in ((name, precision) for name in formats for precision in ("float32", "float16")):
+        exporter = parts.find(Exporter, name)(name=LABELS[precision].format(name), precision=precision)
+        found.append({"network": network.name, "format": exporter.name, "compress_seconds": round(seconds, 1),
+                      "folded": result.notes, **row(out, exporter, task)})  # fmt: skip
+        print(json.dumps({k: v for k, v in found[-1].items() if k != "folded"}), flush=True)  # noqa: T201
+        shutil.rmtree(out / exporter.name, ignore_errors=True)
+    return found
+
+
+def row(out: Path, exporter: Exporter, task: Task) -> dict[str, Any]:
     began = time.perf_counter()
     try:
         (result,) = export(out, [exporter], Silent(), task)
@@ -257,7 +267,8 @@ def document(data: Mapping[str, Any]) -> str:
         "do not edit.\n\nEach network went through `fold` and every export. *Max rel. error* is max|a−b| / max|b| of "
         "the artifact, run in its own engine, against what it must compute, on 16 samples (limit 1e-4). Zoo networks "
         "have random weights, so they have no score; the others are scored on every image of their evaluation data. "
-        f"Seconds include writing the baseline once per format, on a busy machine.\n\n{table(data['rows'])}\n\n"
+        "Core ML packages are interpreted here (scored on 1,000 images), TensorRT files computed by ONNX Runtime. "
+        f"Seconds are on a busy machine.\n\n{table(data['rows'])}\n\n"
         f"Versions: {', '.join(f'{k} {v}' for k, v in data['versions'].items())}; {data['machine']}.\n"
     )
 
@@ -265,27 +276,32 @@ def document(data: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="only networks whose name contains one of these")
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "networks.json")
     options = parser.parse_args()
-    torch.set_num_threads(2)
-    before = json.loads(options.results.read_text())["rows"] if options.results.exists() else []
-    found: dict[str, list[dict[str, Any]]] = {}
-    for item in before:
-        found.setdefault(item["network"], []).append(item)
+    torch.set_num_threads(1)
+    rest = json.loads(options.results.read_text())["rows"] if options.results.exists() else []
     for network in networks():
         if options.words and not any(word in network.name for word in options.words):
             continue
-        found[network.name] = rows(network, options.data)
+        new = rows(network, options.data, options.formats)
+        replaced = {(item["network"], item["format"]) for item in new}
+        rest = [item for item in rest if (item["network"], item["format"]) not in replaced] + new
         gc.collect()
-        order = [item.name for item in networks()]
-        data = {
-            "rows": [item for name in order for item in found.get(name, [])],
-            "versions": versions("torch", "onnx", "onnxruntime", "openvino", "timm", "torchvision", "transformers"),
-            "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        }
-        write_text(options.results, json.dumps(data, indent=1) + "\n")
-        write_text(ROOT / "docs" / "networks.md", document(data))
+        write(options.results, rest)
+
+
+def write(path: Path, rest: Sequence[Mapping[str, Any]]) -> None:
+    order = [item.name for item in networks()]
+    formats = ["compress", *(label.format(name) for name in FORMATS for label in LABELS.values())]
+    data = {
+        "rows": sorted(rest, key=lambda item: (order.index(item["network"]), formats.index(item["format"]))),
+        "versions": versions(*PACKAGES, "timm", "torchvision", "transformers"),
+        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+    }
+    write_text(path, json.dumps(data, indent=1) + "\n")
+    write_text(ROOT / "docs" / "networks.md", document(data))
 
 
 if __name__ == "__main__":

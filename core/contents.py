@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ SMALL_BYTES = 256  # below this, two equal tensors are a coincidence and cost no
 
 
 def key(array: np.ndarray[Any, Any]) -> str | None:
-    """A key that is equal for equal values in any order of axes, as float32 or float16.
+    """``VALUES:ORDER``: the first part is equal for equal values in any order of axes, as float32 or float16.
 
     None for tensors that are small or hold one value everywhere (zeros, ones): those repeat by nature.
     """
@@ -22,5 +25,21 @@ def key(array: np.ndarray[Any, Any]) -> str | None:
     bits = np.ascontiguousarray(flat).view(f"u{flat.dtype.itemsize}").astype(np.uint64)
     mixed = bits * np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(32)
-    with np.errstate(over="ignore"):
-        return f"{flat.dtype.kind}{flat.size}-{int(bits.sum()):x}-{int((mixed * mixed).sum()):x}"
+    values = f"{flat.dtype.kind}{flat.size}-{int(bits.sum()):x}-{int((mixed * mixed).sum()):x}"
+    return f"{values}:{zlib.crc32(np.ascontiguousarray(flat).tobytes()):x}"
+
+
+def values(found: str) -> str:
+    """The part of a key that does not depend on the order of axes."""
+    return found.partition(":")[0]
+
+
+def copies(keys: Iterable[str]) -> dict[str, int]:
+    """Values → how often a file stores them in one and the same order.
+
+    A weight that one operator needs transposed and another does not is no needless copy.
+    """
+    found: dict[str, int] = {}
+    for item, count in Counter(keys).items():
+        found[values(item)] = max(found.get(values(item), 0), count)
+    return found

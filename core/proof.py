@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -68,14 +67,14 @@ def hold_storage(simulation: Graph, census: Census, name: str) -> None:
     Raises:
         ParityError: a weight that operators share is in the file more than once; names the operators.
     """
-    stored = Counter(census.contents)
-    for key, (copies, names) in _weights(simulation).items():
-        if stored[key] > copies:
+    stored = contents.copies(census.contents)
+    for values, (copies, names) in _weights(simulation).items():
+        if stored.get(values, 0) > copies:
             users = _users(simulation, names)
             size = next(array.nbytes for found, array in _tensors(simulation) if found in names)
             found = Divergence(users[0] if users else None, "weight", names[0])
             raise ParityError(
-                f"{name}: the weight {names[0]!r} of {', '.join(users)} is stored {stored[key]} times "
+                f"{name}: the weight {names[0]!r} of {', '.join(users)} is stored {stored[values]} times "
                 f"({size} bytes each), the network has it {'once' if copies == 1 else f'{copies} times'}",
                 details={**asdict(found), "sharers": users},
             )
@@ -114,7 +113,7 @@ def _error(artifact: Artifact, golden: Golden, found: dict[str, Array], index: i
 
 
 def _weights(simulation: Graph) -> dict[str, tuple[int, list[str]]]:
-    """Content key → how many separate tensors hold it, and all their names."""
+    """Values → how many separate tensors hold it, and all their names."""
     found: dict[str, tuple[int, list[str]]] = {}
     seen: set[tuple[int, int]] = set()
     for name, tensor in _state(simulation):
@@ -122,8 +121,9 @@ def _weights(simulation: Graph) -> dict[str, tuple[int, list[str]]]:
         if key is None:
             continue
         place = (tensor.data_ptr(), tensor.numel())
-        copies, names = found.get(key, (0, []))
-        found[key] = (copies + (place not in seen), [*names, name])
+        values = contents.values(key)
+        copies, names = found.get(values, (0, []))
+        found[values] = (copies + (place not in seen), [*names, name])
         seen.add(place)
     return found
 

@@ -31,6 +31,7 @@ def spelled_out(program: ExportedProgram) -> ExportedProgram:
         program = program.run_decompositions({torch.ops.aten.gelu.default: _gelu})
     for _ in range(ROUNDS):
         _say_logical(program)
+        _say_strides(program)
         missing = _missing(program)
         if not missing:
             return program
@@ -64,6 +65,17 @@ def _say_logical(program: ExportedProgram) -> None:
         for node in program.graph.find_nodes(op="call_function", target=getattr(aten, old).Tensor):
             if node.meta["val"].dtype == torch.bool:
                 node.target = getattr(aten, new).default
+
+
+def _say_strides(program: ExportedProgram) -> None:
+    """Pooling without a stride has that of its window; coremltools wants to read it."""
+    import torch
+
+    aten = torch.ops.aten
+    for target in (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default):
+        for node in program.graph.find_nodes(op="call_function", target=target):
+            if len(node.args) == 2:
+                node.args = (*node.args, node.args[1])
 
 
 def _decompositions(missing: list[OpOverload]) -> dict[Any, Callable[..., Any]]:

@@ -66,6 +66,7 @@ ZOO = {
     "nearest": (Of(lambda x: F.interpolate(x, scale_factor=2)), IMAGE),
     "bicubic": (Of(lambda x: F.interpolate(x, scale_factor=2, mode="bicubic")), (1, 2, 4, 5)),
     "pools": (Of(lambda x: F.avg_pool2d(F.max_pool2d(x, 3, 2, 1), 3, 2, 1, ceil_mode=True)), IMAGE),
+    "pools without strides": (Of(lambda x: F.max_pool1d(F.max_pool2d(x, 2).flatten(2), 3)), IMAGE),
     "gelu": (Of(lambda x, a, n: n(F.gelu(F.gelu(a(x)), approximate="tanh")), nn.Linear(8, 9), nn.LayerNorm(9)), WORDS),
     "encoder": (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), WORDS),
     "attention": (Of(attention, nn.Linear(16, 144)), (1, 7, 16)),
@@ -79,7 +80,7 @@ ZOO = {
     "windows": (Of(lambda x: x.roll(2, 1)[:, 1::2, :-3].flip(2).cumsum(2)), WORDS),
     "scattered": (Of(lambda x: torch.zeros(1, 8, 8).scatter(2, x.argsort(-1), x)), WORDS),
 }  # fmt: skip
-FAST = {"pixel shuffle", "transposed", "attention", "gelu", "keep best", "lstm"}
+FAST = {"pixel shuffle", "pools without strides", "transposed", "attention", "gelu", "keep best", "lstm"}
 
 
 @functools.cache

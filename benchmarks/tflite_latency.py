@@ -1,0 +1,151 @@
+"""Latency of edgepack's TFLite files over those that litert-torch writes by itself, one thread, interleaved.
+
+    python benchmarks/tflite_latency.py                                    # three networks, 60 s each and layout
+    python benchmarks/tflite_latency.py --networks torchvision:mobilenet_v2 --seconds 5
+
+Both files hold the same random weights and run on the same engine with its defaults (XNNPACK). ``NHWC`` compares
+files that take channels last (``litert_torch.to_channel_last_io`` there), ``NCHW`` those that take what PyTorch does.
+Writes ``benchmarks/results/tflite_latency.json`` and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgepack import models, parts
+from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, describe_files
+from edgepack.contracts import Contender, Exporter, Runtime, Settings, TensorSpec
+from edgepack.devices.host import Host
+from edgepack.export._tflite_form import quiet
+from edgepack.graph import capture, run_graph, with_front
+from edgepack.plan import Plan
+from edgepack.task import Input, Task
+from edgepack.versions import versions
+
+RESULTS = Path(__file__).parent / "results" / "tflite_latency.json"
+NETWORKS = ("torchvision:mobilenet_v2", "torchvision:resnet50", "timm:deit_small_patch16_224")
+LAYOUTS = ("NHWC", "NCHW")
+SIZE = 224
+SAMPLES = 2
+
+
+def ours(module: torch.nn.Module, layout: str, folder: Path) -> Artifact:
+    """What ``edgepack export --to tflite`` writes."""
+    exporter = parts.find(Exporter, "tflite")(layout=layout)
+    graph = with_front(capture(module, Task(inputs=(Input("x", (1, 3, SIZE, SIZE)),))), layout, normalize=False)
+    simulation = exporter.lower(graph, Plan())
+    folder.mkdir(parents=True)
+    exporter.write(simulation, folder)
+    inputs = {"x": pixels(layout)}
+    return described(folder, simulation.inputs, simulation.outputs, inputs, run_graph(simulation, inputs))
+
+
+def theirs(module: torch.nn.Module, layout: str, folder: Path) -> Artifact:
+    """What litert-torch's documentation says to call."""
+    folder.mkdir(parents=True)
+    with quiet():
+        import litert_torch
+
+        nhwc = layout == "NHWC"
+        wrapped = litert_torch.to_channel_last_io(module, args=[0]) if nhwc else module
+        example = torch.from_numpy(pixels(layout)[:1])
+        litert_torch.convert(wrapped.eval(), (example,)).export(str(folder / "model.tflite"))
+    with torch.no_grad():
+        answers = module(torch.from_numpy(pixels("NCHW"))).numpy()
+    inputs = (TensorSpec("args_0", "float32", tuple(example.shape)),)
+    outputs = (TensorSpec("output_0", "float32", (1, *answers.shape[1:])),)
+    return described(folder, inputs, outputs, {"args_0": pixels(layout)}, {"output_0": answers})
+
+
+def pixels(layout: str) -> np.ndarray[Any, Any]:
+    values = np.random.default_rng(0).standard_normal((SAMPLES, 3, SIZE, SIZE)).astype(np.float32)
+    return np.ascontiguousarray(np.moveaxis(values, 1, -1)) if layout == "NHWC" else values
+
+
+def described(
+    folder: Path,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    samples: dict[str, np.ndarray[Any, Any]],
+    answers: dict[str, np.ndarray[Any, Any]],
+) -> Artifact:
+    Golden(samples, answers, answers).save(folder / GOLDEN)
+    manifest = Manifest("tflite", folder.name, "float32", tuple(inputs), tuple(outputs), describe_files(folder))
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return Artifact.open(folder)
+
+
+def compare(source: str, layout: str, settings: Settings, folder: Path) -> dict[str, Any]:
+    """One interleaved run of both files."""
+    torch.manual_seed(0)
+    models.prepare_torchvision()
+    module = models.load(source, Path()).eval()
+    runtime = parts.find(Runtime, "tflite")()
+    began = time.perf_counter()
+    reference = theirs(module, layout, folder / "litert-torch")
+    middle = time.perf_counter()
+    artifact = ours(module, layout, folder / "edgepack")
+    written = time.perf_counter()
+    profiles = Host().measure(
+        [Contender("litert-torch", reference, runtime), Contender("edgepack", artifact, runtime)], settings
+    )
+    ratio = profiles[1].ratio
+    assert ratio is not None
+    return {
+        "network": source,
+        "layout": layout,
+        "ratio": asdict(ratio),
+        "latency_ms": {profile.label: asdict(profile.latency_ms) for profile in profiles},
+        "size_bytes": {"litert-torch": reference.size_bytes, "edgepack": artifact.size_bytes},
+        "export_s": {"litert-torch": round(middle - began, 2), "edgepack": round(written - middle, 2)},
+        "conditions": profiles[1].conditions,
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The results as fixed-width text."""
+    lines = [f"{'network':<28}{'layout':<7}{'ratio':>7}  {'95 %':<15}{'verdict':<12}{'ms':>8}{'ms theirs':>11}  state"]
+    for row in rows:
+        ratio, latency = row["ratio"], row["latency_ms"]
+        interval = f"{ratio['low']:.3f} … {ratio['high']:.3f}"
+        lines.append(
+            f"{row['network'].partition(':')[2]:<28}{row['layout']:<7}{ratio['value']:>7.3f}  {interval:<15}"
+            f"{ratio['verdict']:<12}{latency['edgepack']['p50']:>8.2f}{latency['litert-torch']['p50']:>11.2f}"
+            f"  {row['conditions']['state']}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--networks", nargs="+", default=NETWORKS)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
+    parser.add_argument("--seconds", type=float, default=60.0, help="at most, per comparison")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    settings = Settings(threads=1, max_seconds=options.seconds, cold=False)
+    rows = []
+    for source in options.networks:
+        for layout in options.layouts:
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(compare(source, layout, settings, Path(folder)))
+            sys.stdout.write(table(rows[-1:]))
+            sys.stdout.flush()
+    facts = {"machine": Host().facts(), "versions": versions("torch", "litert-torch", "ai-edge-litert"), "rows": rows}
+    options.out.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    sys.stdout.write("\n" + table(rows))
+
+
+if __name__ == "__main__":
+    main()
