@@ -43,6 +43,7 @@ ZOO = ROOT / "examples" / "zoo"
 FORMATS = ("onnx", "openvino", "tflite", "coreml", "tensorrt")
 INTERPRETED = {"coreml": 1000}  # images that are scored where an interpreter computes
 LABELS = {"float32": "{}", "float16": "{}-float16"}
+SIZES = {"height": (16, 128, 512), "width": (16, 128, 512)}  # TensorRT wants to know them
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "scale": 255.0}
 CIFAR_VIT = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010), "scale": 255.0}
 
@@ -215,7 +216,8 @@ def _rows(network: Network, task: Task, module: nn.Module, out: Path, formats: S
     seconds = time.perf_counter() - began
     shutil.rmtree(out / BASELINE)  # the original in each format is not asked for here
     for name, precision in ((name, precision) for name in formats for precision in ("float32", "float16")):
-        exporter = parts.find(Exporter, name)(name=LABELS[precision].format(name), precision=precision)
+        options = {"axes": SIZES} if name == "tensorrt" and "height" in network.inputs[0].dynamic else {}
+        exporter = parts.find(Exporter, name)(name=LABELS[precision].format(name), precision=precision, **options)
         found.append({"network": network.name, "format": exporter.name, "compress_seconds": round(seconds, 1),
                       "folded": result.notes, **row(out, exporter, task)})  # fmt: skip
         print(json.dumps({k: v for k, v in found[-1].items() if k != "folded"}), flush=True)  # noqa: T201

@@ -62,12 +62,14 @@ class TensorSpec:
         dtype: NumPy name, such as ``float32`` or ``uint8``.
         shape: an int, or the name of a dynamic axis (``"batch"``) where any size is allowed.
         layout: one letter per axis (``NCHW``, ``NHWC``), None where it has no meaning.
+        stacked: axis along which samples are stacked where none is called ``batch``.
     """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
     layout: str | None = None
+    stacked: int = 0
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import numpy as np
 from edgepack.collector import without_collection
 from edgepack.contracts import Arrays, Graph, Preprocessing, TensorSpec
 from edgepack.errors import InputError, Unsupported
-from edgepack.samples import Array, compute
+from edgepack.samples import Array, batch_axis, compute
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +65,7 @@ def capture(module: nn.Module, task: Task) -> Graph:
 def recapture(graph: Graph, module: nn.Module) -> Graph:
     """The graph with another body that has the same inputs and outputs."""
     program = _export(module, graph.inputs)
-    outputs = _flat_outputs(program, graph.inputs, [spec.name for spec in graph.outputs])
-    return replace(graph, program=program, outputs=outputs)
+    return replace(graph, program=program, outputs=_outputs_like(graph, program, graph.inputs))
 
 
 def fixed_batch(graph: Graph, batch: int = 1) -> Graph:
@@ -74,11 +73,17 @@ def fixed_batch(graph: Graph, batch: int = 1) -> Graph:
     if not any("batch" in spec.shape for spec in graph.inputs):
         return graph
     specs = tuple(
-        replace(spec, shape=tuple(batch if axis == "batch" else axis for axis in spec.shape)) for spec in graph.inputs
+        replace(spec, shape=tuple(batch if axis == "batch" else axis for axis in spec.shape), stacked=batch_axis(spec))
+        for spec in graph.inputs
     )
     program = _export(graph.program.module(check_guards=False), specs)
-    outputs = _flat_outputs(program, specs, [spec.name for spec in graph.outputs])
-    return replace(graph, program=program, inputs=specs, outputs=outputs)
+    return replace(graph, program=program, inputs=specs, outputs=_outputs_like(graph, program, specs))
+
+
+def _outputs_like(graph: Graph, program: ExportedProgram, inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """Outputs of another body of the graph: same names, stacked along the same axes."""
+    found = _flat_outputs(program, inputs, [spec.name for spec in graph.outputs])
+    return tuple(replace(new, stacked=batch_axis(old)) for new, old in zip(found, graph.outputs, strict=True))
 
 
 def example_inputs(specs: Sequence[TensorSpec], batch: int = EXAMPLE_BATCH) -> tuple[torch.Tensor, ...]:
@@ -162,7 +167,7 @@ def with_front(graph: Graph, layout: str | None, normalize: bool) -> Graph:
         return graph
     module = _fronted(graph, [fronts[spec.name][1] for spec in graph.inputs])
     program = _export(module, specs)
-    outputs = _flat_outputs(program, specs, tuple(spec.name for spec in graph.outputs))
+    outputs = _outputs_like(graph, program, specs)
     baked = {spec.name for spec in specs if normalize and spec.dtype == "uint8"}
     left = {
         name: replace(how, scale=1.0, mean=(), std=()) if name in baked else how

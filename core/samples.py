@@ -1,7 +1,7 @@
 """Stacks of samples: arrays by input name, joined along each tensor's batch axis.
 
-The batch axis is the one the interface names ``batch`` (recurrent state often has it second), else the first,
-of which a static interface takes a fixed number of rows per call.
+The batch axis is the one the interface names ``batch`` (recurrent state often has it second), else the one it says
+samples are stacked along, usually the first, of which a static interface takes a fixed number of rows per call.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Array = np.ndarray[Any, Any]
 
 
 def batch_axis(spec: TensorSpec) -> int:
-    return spec.shape.index("batch") if "batch" in spec.shape else 0
+    return spec.shape.index("batch") if "batch" in spec.shape else spec.stacked
 
 
 def rows_per_call(spec: TensorSpec) -> int:

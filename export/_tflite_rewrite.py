@@ -88,11 +88,11 @@ def _repeat(module: GraphModule, node: Any) -> Any:
     import torch
 
     source, counts = node.args[:2]
-    ndim = source.meta["val"].ndim
-    if ndim != len(counts):
-        return None
+    first = source.meta["val"].ndim - len(counts)
     made: Any = source
-    for axis, times in enumerate(counts):
+    if first < 0:  # a new axis
+        return None
+    for axis, times in enumerate(counts, start=first):
         if times != 1:
             made = _call(module, torch.ops.aten.cat.default, [made] * times, axis)
     return None if made is source else made

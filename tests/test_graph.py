@@ -90,6 +90,15 @@ def test_a_fixed_batch_keeps_the_answers() -> None:
     assert fixed_batch(graph) is graph
 
 
+def test_a_fixed_batch_on_the_second_axis_stays_there() -> None:
+    net = nn.LSTM(4, 5).eval()
+    task = Task((Input("x", (3, 1, 4), dynamic={"batch": 1}),))
+    graph = fixed_batch(capture(net, task))
+    x = np.random.default_rng(0).standard_normal((3, 6, 4)).astype(np.float32)
+    expected = net(torch.from_numpy(x))[0].detach().numpy()
+    np.testing.assert_allclose(next(iter(run_graph(graph, {"x": x}).values())), expected, atol=1e-5)
+
+
 def test_a_tensor_made_in_forward_can_be_captured_again() -> None:
     class Scaled(nn.Module):
         def forward(self, image: torch.Tensor) -> torch.Tensor:
