@@ -35,7 +35,7 @@ def compressed(result: CompressResult) -> Table:
     return table
 
 
-def exported(results: Iterable[ExportResult]) -> Table:
+def exported(results: Sequence[ExportResult]) -> Table:
     """Size, parity and score of each artifact."""
     table = _table("export", "artifact", ">size", ">× float size", ">largest error", "score [95 %]", "to the original")
     for result in results:
@@ -45,7 +45,18 @@ def exported(results: Iterable[ExportResult]) -> Table:
         table.add_row(*_cells(name, *_sizes(result.artifact), _wording.parity(vars(manifest.parity)), *score))
         for missed in manifest.budget_missed:
             table.add_row("", "", "", "", f"[red]budget missed: {escape(missed)}[/red]", "")
+    table.caption = escape("\n".join(_checkers(results)))
     return table
+
+
+def _checkers(results: Iterable[ExportResult]) -> list[str]:
+    """What computed the largest errors: an engine, an interpreter, or another engine than the format's own."""
+    names: dict[str, list[str]] = {}
+    for result in results:
+        manifest = result.artifact.manifest
+        if manifest.parity.runtime is not None:
+            names.setdefault(manifest.parity.runtime, []).append(manifest.name)
+    return [f"checked by {engine}: {', '.join(artifacts)}" for engine, artifacts in names.items()]
 
 
 def profiled(profiles: Sequence[Values]) -> Table:

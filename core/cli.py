@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from edgepack._failure import status
-from edgepack.errors import BudgetError, EdgepackError, InputError, MeasurementError, nearest
+from edgepack.errors import BudgetError, EdgepackError, InputError, MeasurementError, nearest, together
 
 if TYPE_CHECKING:
     from edgepack._console import Screen
@@ -300,14 +300,19 @@ def verify(call: Call, targets: Targets = None, runtime: Runtime = None) -> Json
     for target in targets or [RECIPE]:
         lone = (target / "artifact.json").exists()
         folders += [target] if lone else pipeline.artifacts_in(_results_of(call, target))
-    results = []
+    results, failures = [], []
     for folder in folders:
         call.screen.progress.start(f"verifying {folder}")
-        results.append(pipeline.verify(folder, runtime))
+        try:
+            results.append(pipeline.verify(folder, runtime))
+        except EdgepackError as error:
+            failures.append(error)
     documents = [result.to_json() for result in results]
     call.screen.show(
         _tables.verified(zip([r.artifact for r in results], [d["parity"] for d in documents], strict=True))
     )
+    if failures:
+        raise together(failures)
     return {"artifacts": documents}
 
 

@@ -23,6 +23,18 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 
+def together(failures: Sequence[EdgepackError]) -> EdgepackError:
+    """Several failures as one, with the exit status of the first; one alone is itself."""
+    first = failures[0]
+    if len(failures) == 1:
+        return first
+    lines = [f"{len(failures)} artifacts failed:", *(f"  - {error.message}" for error in failures)]
+    made = EdgepackError("\n".join(lines), first.hint)
+    made.__class__ = type(first)
+    made.details = {"failures": [{"kind": type(e).__name__, "message": e.message, **e.details} for e in failures]}
+    return made
+
+
 class EdgepackError(Exception):
     """A failure with one clear sentence, an optional next step, and an exit status."""
 

@@ -57,6 +57,7 @@ def capture(module: nn.Module, task: Task) -> Graph:
         specs = tuple(replace(spec, shape=item.shape) for spec, item in zip(specs, task.inputs, strict=True))
         logging.getLogger(__name__).info("the network fixes its batch size; captured at the task's shape")
         program = _export(module, specs)
+    _refuse_data_dependent(program)
     _drop_detach(program)
     outputs = _flat_outputs(program, specs, task.output_names or _lifted_names(module))
     return Graph(program, specs, outputs, dict(task.preprocessing), task.labels)
@@ -256,6 +257,18 @@ def _export(module: nn.Module, specs: Sequence[TensorSpec]) -> ExportedProgram:
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         shapes = ", ".join(f"{spec.name} {list(tensor.shape)}" for spec, tensor in zip(specs, examples, strict=True))
         raise InputError(f"the network does not run on the task's inputs ({shapes}): {_sentence(error)}") from error
+
+
+def _refuse_data_dependent(program: ExportedProgram) -> None:
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function" and hasattr(value, "shape") and free_unbacked_symbols(value.shape):
+            name = str(node.target).removeprefix("aten.").partition(".")[0]
+            raise Unsupported(
+                f"the size of what {name} returns depends on the data", "a form of fixed size: torch.where, topk …"
+            )
 
 
 def _drop_detach(program: ExportedProgram) -> None:

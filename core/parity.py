@@ -12,7 +12,7 @@ import numpy as np
 from edgepack import parts
 from edgepack.artifact import Artifact, Golden, Parity
 from edgepack.contracts import Arrays, Runtime, Session, TensorSpec
-from edgepack.errors import DeviceError, MissingExtra, ParityError, Unsupported
+from edgepack.errors import DeviceError, InputError, MissingExtra, ParityError, Unsupported
 from edgepack.samples import Array, compute, count
 
 UNBOUNDED = 1e300  # JSON has no infinity
@@ -71,6 +71,22 @@ def runtime_for(format_name: str, proof: bool = True) -> Runtime:
             continue
         return runtime
     raise missing or Unsupported(f"no engine here reads {format_name!r}", "edgepack list shows engines and formats")
+
+
+def engine_for(artifact: Artifact, runtime: Runtime | None, proof: bool = False) -> Runtime:
+    """The given engine if it reads the artifact, or the first that can.
+
+    Raises:
+        InputError: the given engine does not read the format. Else as ``runtime_for``.
+    """
+    if runtime is None:
+        return runtime_for(artifact.manifest.format, proof)
+    if artifact.manifest.format not in (*runtime.formats, *runtime.proves):
+        raise InputError(
+            f"{parts.name_of(runtime)} does not read {artifact.manifest.format} ({artifact.folder})",
+            f"it reads {', '.join(runtime.formats)}",
+        )
+    return runtime
 
 
 def check(artifact: Artifact, runtime: Runtime) -> Parity:

@@ -24,7 +24,7 @@ from edgepack.errors import (
 )
 from edgepack.exporting import ExportResult, export, simulation_of
 from edgepack.measurement import Profile
-from edgepack.parity import check, runtime_for
+from edgepack.parity import check, engine_for
 from edgepack.profiling import profile, profile_out, store
 from edgepack.progress import Progress, Silent
 from edgepack.proof import blamed
@@ -170,8 +170,19 @@ def verify(folder: Path, runtime: str | None = None) -> VerifyResult:
     began = time.perf_counter()
     artifact = Artifact.open(folder)
     artifact.check_hashes()
-    engine = runtime_for(artifact.manifest.format) if runtime is None else build(Runtime, {"use": runtime})
+    _check_settings(artifact)
+    engine = engine_for(artifact, None if runtime is None else build(Runtime, {"use": runtime}), proof=True)
     return VerifyResult(artifact, _checked(artifact, engine), time.perf_counter() - began)
+
+
+def _check_settings(artifact: Artifact) -> None:
+    """Model files that are JSON can be read, whether or not their engine is here to do it."""
+    for name in artifact.manifest.files:
+        if name.endswith(".json"):
+            try:
+                json.loads((artifact.folder / name).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise InputError(f"{artifact.folder / name} is not JSON: {error}", "export again") from error
 
 
 def _checked(artifact: Artifact, engine: Runtime) -> Parity:

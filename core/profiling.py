@@ -16,7 +16,7 @@ from edgepack.compressing import BASELINE
 from edgepack.contracts import Contender, Device, Exporter, Runtime, Settings
 from edgepack.errors import DeviceError, EdgepackError, InputError, MissingExtra, Unsupported
 from edgepack.measurement import Profile, Ratio
-from edgepack.parity import runtime_for
+from edgepack.parity import engine_for, runtime_for
 from edgepack.plan import Plan
 from edgepack.progress import Progress, Silent
 
@@ -48,7 +48,7 @@ def profile(
         DeviceError: what would run here is no engine.
     """
     contenders = [
-        Contender(label, artifact, _engine(artifact, runtime))
+        Contender(label, artifact, engine_for(artifact, runtime))
         for label, artifact in zip(_labels(artifacts, below), artifacts, strict=True)
     ]
     for contender in contenders:
@@ -149,17 +149,6 @@ def _temporary(module: nn.Module, task: Task, folder: Path) -> Artifact:
     manifest = replace(manifest, files=describe_files(folder))
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return Artifact.open(folder)
-
-
-def _engine(artifact: Artifact, runtime: Runtime | None) -> Runtime:
-    if runtime is None:
-        return runtime_for(artifact.manifest.format, proof=False)
-    if artifact.manifest.format not in (*runtime.formats, *runtime.proves):
-        raise InputError(
-            f"{parts.name_of(runtime)} does not read {artifact.manifest.format} ({artifact.folder})",
-            f"it reads {', '.join(runtime.formats)}",
-        )
-    return runtime
 
 
 def _labels(artifacts: Sequence[Artifact], below: Path | None) -> list[str]:

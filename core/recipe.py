@@ -262,12 +262,14 @@ def _step(place: Any, word: str, override: str) -> Any:
     if isinstance(place, dict):
         return place.setdefault(word, {})
     if isinstance(place, list):
-        entries = [e for i, e in enumerate(place) if word in (str(i), e.get("name"), e.get("use"))]
+        named = [e for i, e in enumerate(place) if word in (str(i), e.get("name") or e.get("use"))]
+        entries = named if len(named) == 1 else [e for e in place if e.get("use") == word]
         if len(entries) == 1:
             return entries[0]
         words = sorted({str(e.get("name") or e.get("use")) for e in place} | {str(i) for i in range(len(place))})
-        what = "no entry" if not entries else f"{len(entries)} entries"
-        raise InputError(f"--set {override!r}: {what} {word!r}", nearest(word, words))
+        if not entries:
+            raise InputError(f"--set {override!r}: no entry {word!r}", nearest(word, words))
+        raise InputError(f"--set {override!r}: {len(entries)} entries {word!r}", f"say which: {', '.join(words)}")
     raise InputError(f"--set {override!r}: {word!r} is not a table")
 
 

@@ -230,8 +230,9 @@ class Task:
     def samples(self, count: int, seed: int = 0) -> dict[str, Array]:
         """Preprocessed inputs of ``count`` samples, stacked as ``edgepack.samples`` says, all of one size.
 
-        The first calibration samples, else the first evaluation samples, else normal noise. Fewer where the data
-        hold fewer of the first sample's size. For a fixed batch of k images, a sample is k of them.
+        The first calibration samples, else the first evaluation samples, else noise: random pixels through the
+        preprocessing of inputs that have a scale, normal numbers for others. Fewer where the data hold fewer of the
+        first sample's size. For a fixed batch of k images, a sample is k of them.
 
         Raises:
             InputError: the data hold less than one sample.
@@ -252,7 +253,10 @@ class Task:
         for item in self.inputs:
             shape = list(item.shape)
             shape[item.batch_axis] = count * item.rows
-            noise[item.name] = _random(random, shape, item.dtype)
+            pixels = item.scale != 1.0 and item.dtype.startswith("float")
+            noise[item.name] = (
+                item.apply(random.integers(0, 256, shape)) if pixels else _random(random, shape, item.dtype)
+            )
         return noise
 
     def _first(self, data: Data, count: int) -> list[Mapping[str, Array]]:

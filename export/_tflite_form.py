@@ -136,10 +136,19 @@ def quiet() -> Iterator[None]:
             if channel == 2 and _is_channel(sys.stderr, 2):
                 spoken: Any = stack.enter_context(open(kept, "w", closefd=False, encoding="utf-8"))
                 stack.enter_context(redirect_stderr(spoken))
+                stack.callback(_release, spoken)
         try:
             yield
         finally:
             logging.disable(disabled)
+
+
+def _release(stream: Any) -> None:
+    """Logging that was set up meanwhile, by a package's import, must not hold on to a stream that is about to close."""
+    for logger in [logging.root, *logging.root.manager.loggerDict.values()]:
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
+                handler.setStream(sys.__stderr__ or stream)
 
 
 def _is_channel(stream: Any, number: int) -> bool:

@@ -73,7 +73,7 @@ class Onnxruntime(Runtime):
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if self.optimize else level.ORT_DISABLE_ALL
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spin else "0")
@@ -104,7 +104,7 @@ class _Session:
 def _errors() -> tuple[type[Exception], ...]:
     state = require("onnxruntime.capi.onnxruntime_pybind11_state", "onnx-run")
     names = "Fail InvalidArgument InvalidGraph InvalidProtobuf NoModel NoSuchFile NotImplemented RuntimeException"
-    return tuple(getattr(state, name) for name in names.split())
+    return (UnicodeDecodeError, *(getattr(state, name) for name in names.split()))  # an error text it cannot decode
 
 
 def _sentence(error: Exception) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -62,19 +66,33 @@ class Tflite(Runtime):
         path = artifact.file(".tflite")
         kinds = module.OpResolverType
         try:
-            interpreter = module.Interpreter(
-                model_path=str(path),
-                num_threads=threads,
-                experimental_op_resolver_type=kinds.AUTO if xnnpack else kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
-                experimental_preserve_all_tensors=keep,
-            )
-            interpreter.allocate_tensors()
+            with _no_greeting():
+                interpreter = module.Interpreter(
+                    model_path=str(path),
+                    num_threads=threads,
+                    experimental_op_resolver_type=kinds.AUTO if xnnpack else kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+                    experimental_preserve_all_tensors=keep,
+                )
+                interpreter.allocate_tensors()
         except (RuntimeError, ValueError) as error:
             artifact.check_hashes()
             raise InputError(
                 f"LiteRT {self.version()} cannot load {path}: {_sentence(error)}", "export again"
             ) from error
         return interpreter
+
+
+@contextmanager
+def _no_greeting() -> Iterator[None]:
+    """The engine announces its delegate on the error channel of the process, past Python."""
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as sink:
+            os.dup2(sink.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 class _Session:

@@ -179,6 +179,11 @@ class FixedBatch(nn.Module):
         return x.reshape(2, 3) * 2
 
 
+class Sized(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nonzero(x > 0).float()
+
+
 class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -193,10 +198,11 @@ class Counting(nn.Module):
     ("net", "shape", "kind", "message"),
     [
         (DataDependent(), (1, 3), Unsupported, r"control flow depends on data: test_graph.py:\d+: return x if"),
+        (Sized(), (1, 3), Unsupported, "the size of what nonzero returns depends on the data"),
         (nn.Linear(4, 2), (1, 5), InputError, r"does not run on the task's inputs \(x \[2, 5\]\)"),
         (Counting(), (1, 3), Unsupported, "the network changes 'count' while it runs"),
     ],
-    ids=["data-dependent", "wrong-shape", "hidden-state"],
+    ids=["data-dependent", "data-dependent-size", "wrong-shape", "hidden-state"],
 )
 def test_what_cannot_be_captured_says_why(net: nn.Module, shape: Any, kind: type[EdgepackError], message: str) -> None:
     with pytest.raises(kind, match=message):

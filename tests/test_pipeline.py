@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,24 @@ from torch import nn
 
 import edgepack
 from edgepack import pipeline, recipe
-from edgepack.artifact import Artifact
+from edgepack.artifact import Artifact, describe_files
 from edgepack.compressing import compress
 from edgepack.contracts import Census, Graph, Pass
-from edgepack.errors import BudgetError, InputError, IntegrityError, MissingExtra, ParityError, StepError, Unsupported
+from edgepack.errors import (
+    BudgetError,
+    InputError,
+    IntegrityError,
+    MissingExtra,
+    ParityError,
+    StepError,
+    Unsupported,
+    together,
+)
 from edgepack.export.onnx import Onnx
 from edgepack.export.pt2 import Pt2
 from edgepack.exporting import export
 from edgepack.parts import find
-from edgepack.pipeline import Options
+from edgepack.pipeline import Options, verify
 from edgepack.progress import Silent
 from edgepack.task import Input, Task
 
@@ -126,7 +135,7 @@ def test_normalize_bakes_pixels_in_and_scores_the_same(folder: Path) -> None:
     _, (exported,) = run(folder, "export.onnx.normalize=true")
     manifest = exported.artifact.manifest
     assert (manifest.inputs[0].dtype, manifest.inputs[0].layout) == ("uint8", "NHWC")
-    assert manifest.preprocessing == {}
+    assert manifest.preprocessing["input"].identity
     assert manifest.labels == ("a", "b", "c", "d")
     assert manifest.score is not None
     assert manifest.score["this"] == pytest.approx(manifest.score["original"], abs=0.026)
@@ -323,3 +332,26 @@ def test_a_network_that_answers_nan_is_refused(tmp_path: Path) -> None:
 def test_an_output_path_that_is_a_file_is_refused_at_once(folder: Path) -> None:
     with pytest.raises(InputError, match=r"data\.npz is a file, not a folder"):
         pipeline.compress_recipe(recipe.load(folder), Options(out=folder / "data.npz"))
+
+
+def test_verify_goes_on_after_a_failure_and_names_all(folder: Path) -> None:
+    one, two = IntegrityError("a was changed", "export again"), ParityError("b differs", details={"node": "conv2d"})
+    assert together([one]) is one
+    both = together([one, two])
+    assert isinstance(both, IntegrityError)
+    assert both.exit_status == 8
+    assert str(both) == "2 artifacts failed:\n  - a was changed\n  - b differs\n  export again"
+    assert both.details["failures"][1] == {"kind": "ParityError", "message": "b differs", "node": "conv2d"}
+
+
+def test_verify_reads_settings_and_refuses_an_engine_of_another_format(tmp_path: Path) -> None:
+    compress(nn.Linear(4, 4), small_task(), [], tmp_path, Silent())
+    (result,) = export(tmp_path, [Onnx()], Silent())
+    folder = result.artifact.folder
+    with pytest.raises(InputError, match="pt2 does not read onnx"):
+        verify(folder, "pt2")
+    (folder / "settings.json").write_text("{")
+    manifest = replace(result.artifact.manifest, files=describe_files(folder))
+    (folder / "artifact.json").write_text(manifest.to_json())
+    with pytest.raises(InputError, match=r"settings\.json is not JSON"):
+        verify(folder)

@@ -120,8 +120,15 @@ def test_passes_in_a_wrong_order_are_refused_with_the_right_one(folder: Path) ->
 def test_overrides_reach_tables_and_list_entries(folder: Path) -> None:
     loaded = recipe.load(
         folder,
-        ["task.input.scale=1", "export.small.precision=float32", "compress.0.leave=['head']", "model.options.n=3"],
+        [
+            "task.input.scale=1",
+            "export.small.precision=float32",
+            "export.onnx.precision=float16",  # the one whose artifact is called so
+            "compress.0.leave=['head']",
+            "model.options.n=3",
+        ],
     )
+    assert loaded.exporters[0].precision == "float16"
     assert loaded.sheet.task.input is not None
     assert loaded.sheet.task.input.scale == 1
     assert loaded.exporters[1].precision == "float32"
@@ -134,13 +141,20 @@ def test_overrides_reach_tables_and_list_entries(folder: Path) -> None:
     [
         ("nonsense", "is not key=value"),
         ("compress.fodl.leave=[]", "no entry 'fodl'"),
-        ("export.onnx.precision=float16", "2 entries 'onnx'"),
         ("model.module.x=1", "is not a table"),
     ],
 )
 def test_a_bad_override_is_wrong_input(folder: Path, override: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         recipe.load(folder, [override])
+
+
+def test_an_override_that_fits_several_entries_lists_them(folder: Path) -> None:
+    text = (folder / "edgepack.toml").read_text()
+    (folder / "edgepack.toml").write_text(text + '\n[[compress]]\nuse = "fold"\n')
+    with pytest.raises(InputError, match="2 entries 'fold'") as caught:
+        recipe.load(folder, ["compress.fold.leave=[]"])
+    assert caught.value.hint == "say which: 0, 1, fold"
 
 
 def test_missing_and_malformed_files(tmp_path: Path) -> None:

@@ -113,6 +113,17 @@ def test_a_damaged_file_is_no_traceback_of_the_engine(folder, tmp_path, engine):
         engine_of(engine).load(Artifact.open(place), threads=1)
 
 
+def test_an_error_text_that_cannot_be_decoded_is_a_damaged_file_too(folder, monkeypatch):
+    import onnxruntime
+
+    def session(*arguments, **options):
+        return b"\xff".decode()
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    with pytest.raises(InputError, match=r"cannot load .*model\.onnx"):
+        engine_of("onnxruntime").load(Artifact.open(folder / "onnx"), threads=1)
+
+
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_a_manifest_of_another_model_is_refused(folder, engine):
     artifact = Artifact.open(folder / ENGINES[engine])

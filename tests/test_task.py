@@ -110,6 +110,16 @@ def test_noise_is_seeded_and_typed() -> None:
     assert (one["image"] != other["image"]).any()
 
 
+def test_noise_for_images_is_pixels_through_their_preprocessing() -> None:
+    item = Input("image", (1, 3, 8, 8), scale=255, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    found = Task((item,)).samples(2)["image"].astype(np.float64)
+    mean, std = (np.reshape(values, (1, 3, 1, 1)) for values in (item.mean, item.std))
+    pixels = (found * std + mean) * 255
+    assert np.abs(pixels - np.rint(pixels)).max() < 1e-3
+    assert pixels.min() > -0.5
+    assert pixels.max() > 200
+
+
 def test_noise_follows_the_batch_axis() -> None:
     task = Task((Input("x", (1, 3, 8, 8)), Input("state", (2, 1, 16), dynamic={"batch": 1}), Input("p", (5, 2))))
     found = task.samples(4)
