@@ -5,7 +5,7 @@
 
 Both files hold the same random weights and run on the same engine with its defaults (XNNPACK). ``NHWC`` compares
 files that take channels last (``litert_torch.to_channel_last_io`` there), ``NCHW`` those that take what PyTorch does.
-Writes ``benchmarks/results/tflite_latency.json`` and prints a table.
+Writes ``benchmarks/results/tflite_latency.json`` and ``docs/tflite.md``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from edgepack import models, parts
-from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, describe_files
+from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, describe_files, write_text
 from edgepack.contracts import Contender, Exporter, Runtime, Settings, TensorSpec
 from edgepack.devices.host import Host
 from edgepack.export._tflite_form import quiet
@@ -33,6 +33,7 @@ from edgepack.plan import Plan
 from edgepack.task import Input, Task
 from edgepack.versions import versions
 
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "tflite.md"
 RESULTS = Path(__file__).parent / "results" / "tflite_latency.json"
 NETWORKS = ("torchvision:mobilenet_v2", "torchvision:resnet50", "timm:deit_small_patch16_224")
 LAYOUTS = ("NHWC", "NCHW")
@@ -114,17 +115,29 @@ def compare(source: str, layout: str, settings: Settings, folder: Path) -> dict[
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The results as fixed-width text."""
-    lines = [f"{'network':<28}{'layout':<7}{'ratio':>7}  {'95 %':<15}{'verdict':<12}{'ms':>8}{'ms theirs':>11}  state"]
+    lines = [
+        "| network | layout | edgepack ÷ litert-torch [95 %] | verdict | p50 ms | p50 ms, litert-torch |",
+        "| --- " * 6 + "|",
+    ]
     for row in rows:
         ratio, latency = row["ratio"], row["latency_ms"]
-        interval = f"{ratio['low']:.3f} … {ratio['high']:.3f}"
         lines.append(
-            f"{row['network'].partition(':')[2]:<28}{row['layout']:<7}{ratio['value']:>7.3f}  {interval:<15}"
-            f"{ratio['verdict']:<12}{latency['edgepack']['p50']:>8.2f}{latency['litert-torch']['p50']:>11.2f}"
-            f"  {row['conditions']['state']}"
+            f"| {row['network'].partition(':')[2]} | {row['layout']} "
+            f"| {ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] | {ratio['verdict']} "
+            f"| {latency['edgepack']['p50']:.2f} | {latency['litert-torch']['p50']:.2f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def document(facts: dict[str, Any]) -> str:
+    return (
+        "# TFLite files beside the converter's own\n\nWritten by `python benchmarks/tflite_latency.py` from "
+        "`benchmarks/results/tflite_latency.json`; do not edit.\n\nLatency of edgepack's float32 file over the one "
+        "litert-torch writes by itself, same weights, same engine, batch 1, one thread, interleaved; below 1 is "
+        f"faster.\n\n{table(facts['rows'])}\n"
+        f"Versions: {', '.join(f'{name} {version}' for name, version in facts['versions'].items())}; "
+        f"{facts['machine'].get('processor', 'unknown processor')}.\n"
+    )
 
 
 def main() -> None:
@@ -143,8 +156,8 @@ def main() -> None:
             sys.stdout.write(table(rows[-1:]))
             sys.stdout.flush()
     facts = {"machine": Host().facts(), "versions": versions("torch", "litert-torch", "ai-edge-litert"), "rows": rows}
-    options.out.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    sys.stdout.write("\n" + table(rows))
+    write_text(options.out, json.dumps(facts, indent=1, allow_nan=False) + "\n")
+    write_text(DOCUMENT, document(facts))
 
 
 if __name__ == "__main__":

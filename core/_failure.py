@@ -19,6 +19,7 @@ DISK_ERRORS = (
 EXTRAS = {
     "torch": "compress", "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx-run", "openvino": "openvino",
     "timm": "zoo", "transformers": "zoo", "torchvision": "zoo", "safetensors": "compress", "PIL": "compress",
+    "litert_torch": "tflite", "ai_edge_litert": "tflite-run", "coremltools": "coreml", "tensorrt": "tensorrt-run",
 }  # fmt: skip
 VERBOSE = {"-v", "-vv", "--verbose"}
 
