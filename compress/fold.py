@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from edgepack.compress._folding import Folding
-    from edgepack.compress._graph import GraphView
     from edgepack.task import Task
 
 LIMIT = 1e-4
@@ -65,6 +64,7 @@ class Fold(Pass):
 
         from edgepack.compress._equal import results
         from edgepack.compress._graph import GraphView
+        from edgepack.compress._norms import fold_norms
 
         module.eval()
         if not any(isinstance(layer, _BatchNorm) for layer in module.modules()):
@@ -73,26 +73,10 @@ class Fold(Pass):
         view = GraphView.of(module, task)
         original = results(module, view.inputs)
         size = _numbers(module)
-        module, foldings = self._rounds(view, task, run)
+        module, foldings = fold_norms(view, task, run, self.leave)
         found = _verify(module, view.inputs, original, foldings)
         _report(foldings, found, _numbers(module) - size, run)
         return module
-
-    def _rounds(self, view: GraphView, task: Task, run: Run) -> tuple[nn.Module, list[Folding]]:
-        """Fold, give shared layers a copy per use where that helps, and fold again."""
-        from edgepack.compress._folding import Folding
-        from edgepack.compress._graph import GraphView
-        from edgepack.compress._sharing import separate
-
-        module, done = view.module, []
-        while True:
-            folding = Folding(view, self.leave)
-            folding.run()
-            done.append(folding)
-            separated = separate(view, folding.shared, task, run) if folding.shared and len(done) <= 3 else None
-            if separated is None:
-                return module, done
-            module, view = separated, GraphView.of(separated, task)
 
 
 def _verify(

@@ -45,6 +45,7 @@ class Parity:
         agreement: share of samples with the original's arg-max, None for outputs that are not class scores.
         sqnr_original_db: against the original module.
         output: the worst output.
+        least_db: the SQNR against the simulation that an integer artifact must keep, None for float ones.
     """
 
     status: str
@@ -55,6 +56,7 @@ class Parity:
     agreement: float | None = None
     samples: int = 0
     output: str | None = None
+    least_db: float | None = None
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgepack.task import Task
 
 FLOAT_LIMIT = 1e-4  # max|a−b| / max|b| of a float artifact against its simulation
+INTEGERS = ("u8", "s8")  # what the name of an integer dialect begins with
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
 
@@ -82,6 +83,7 @@ class Graph:
         outputs: in result order.
         preprocessing: by input name; what the caller must still do to raw data (empty once baked in).
         labels: class names, empty if unknown.
+        dialect: of a simulation: how its numbers are written; ``float32`` before an exporter lowered it.
     """
 
     program: ExportedProgram
@@ -89,6 +91,7 @@ class Graph:
     outputs: tuple[TensorSpec, ...]
     preprocessing: Mapping[str, Preprocessing] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    dialect: str = "float32"
 
 
 class Part(ABC):  # noqa: B024  (its kinds have the abstract methods)

@@ -16,10 +16,10 @@ from edgepack import parts, scoring
 from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, Parity, describe_files, replacing
 from edgepack.collector import without_collection
 from edgepack.compressing import BASELINE, COMPRESSED
-from edgepack.contracts import FLOAT_LIMIT, Exporter, Graph, Preprocessing, TensorSpec
+from edgepack.contracts import FLOAT_LIMIT, INTEGERS, Exporter, Graph, Preprocessing, TensorSpec
 from edgepack.errors import DeviceError, EdgepackError, InputError, IntegrityError, MissingExtra, StepError, Unsupported
-from edgepack.graph import load_graph, run_graph, to_front, with_front
-from edgepack.parity import max_relative, runtime_for
+from edgepack.graph import load_graph, nudged, run_graph, to_front, with_front
+from edgepack.parity import least_db, max_relative, runtime_for
 from edgepack.plan import Plan
 from edgepack.progress import Progress
 from edgepack.proof import hold_storage, prove
@@ -153,7 +153,7 @@ class _Stage:
             manifest = Manifest(
                 format=exporter.format,
                 name=exporter.name or exporter.format,
-                dialect="float16" if exporter.precision == "float16" else "float32",
+                dialect="float16" if exporter.precision == "float16" else simulation.dialect,
                 inputs=simulation.inputs,
                 outputs=simulation.outputs,
                 files=describe_files(temporary),
@@ -164,6 +164,7 @@ class _Stage:
                 float_size_bytes=source.manifest.float_size_bytes,
                 versions=versions(*PACKAGES),
                 fingerprint=fingerprint,
+                parity=Parity("not run yet", least_db=_least_db(simulation, golden)),
             )
             hold_storage(simulation, census, f"{manifest.format} {manifest.name!r}")
             manifest = self._proved(temporary, manifest, source, simulation)
@@ -176,7 +177,7 @@ class _Stage:
         try:
             runtime = runtime_for(manifest.format)
         except (DeviceError, MissingExtra, Unsupported) as error:
-            return replace(manifest, parity=Parity(status=f"not run: {error.message}"))
+            return replace(manifest, parity=replace(manifest.parity, status=f"not run: {error.message}"))
         manifest = replace(manifest, parity=prove(artifact, runtime, simulation))
         if self.task is not None and manifest.name != BASELINE:
             session = runtime.load(artifact)
@@ -250,6 +251,13 @@ def _golden(source: Source, graph: Graph, simulation: Graph) -> Golden:
     raw = _raw(source, graph)
     inputs = to_front(source.golden.inputs, source.graph.inputs, graph.inputs, raw)
     return Golden(inputs, source.golden.original, run_graph(simulation, inputs))
+
+
+def _least_db(simulation: Graph, golden: Golden) -> float | None:
+    """What an integer artifact must keep; None for float artifacts."""
+    if not simulation.dialect.startswith(INTEGERS):
+        return None
+    return least_db(golden.simulation, run_graph(nudged(simulation), golden.inputs))
 
 
 def _raw(source: Source, graph: Graph) -> dict[str, Array]:

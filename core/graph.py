@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from edgepack.task import Task
 
 MODEL = "model.pt2"
+NUDGE = 2.0**-22
 EXAMPLE_BATCH = 2  # torch.export would treat a dynamic axis of size 1 as fixed
 
 
@@ -85,6 +86,23 @@ def _outputs_like(graph: Graph, program: ExportedProgram, inputs: Sequence[Tenso
     """Outputs of another body of the graph: same names, stacked along the same axes."""
     found = _flat_outputs(program, inputs, [spec.name for spec in graph.outputs])
     return tuple(replace(new, stacked=batch_axis(old)) for new, old in zip(found, graph.outputs, strict=True))
+
+
+def nudged(graph: Graph) -> Graph:
+    """The same network with a few units in the last place of float32, up or down, before each rounding to integers."""
+    import torch
+
+    module = graph.program.module(check_guards=False)
+    for node in list(module.graph.nodes):
+        if str(node.target).startswith("quantized_decomposed.quantize_per_tensor"):
+            with module.graph.inserting_before(node):
+                wave = module.graph.call_function(torch.ops.aten.sin.default, (node.args[0],), {})
+                wave = module.graph.call_function(torch.ops.aten.mul.Tensor, (wave, NUDGE), {})
+                wave = module.graph.call_function(torch.ops.aten.add.Tensor, (wave, 1.0), {})
+                moved = module.graph.call_function(torch.ops.aten.mul.Tensor, (node.args[0], wave), {})
+            node.update_arg(0, moved)
+    module.recompile()
+    return recapture(graph, module)
 
 
 def example_inputs(specs: Sequence[TensorSpec], batch: int = EXAMPLE_BATCH) -> tuple[torch.Tensor, ...]:

@@ -11,11 +11,15 @@ import numpy as np
 
 from edgepack import parts
 from edgepack.artifact import Artifact, Golden, Parity
-from edgepack.contracts import Arrays, Runtime, Session, TensorSpec
+from edgepack.contracts import INTEGERS, Arrays, Runtime, Session, TensorSpec
 from edgepack.errors import DeviceError, InputError, MissingExtra, ParityError, Unsupported
 from edgepack.samples import Array, compute, count
 
 UNBOUNDED = 1e300  # JSON has no infinity
+INTEGER_DB = 45.0  # an integer artifact against its simulation: SQNR at least this …
+ROUNDING_DB = 6.0  # … or this much under what rounding alone does to the simulation …
+STEP_SHARE = 1e-3  # … or one step apart on at most this share of the elements
+STEPS = 256  # values that an output on an 8-bit grid can have
 
 
 def max_relative(value: Array, reference: Array) -> float:
@@ -98,26 +102,81 @@ def check(artifact: Artifact, runtime: Runtime) -> Parity:
     golden = artifact.golden()
     session = runtime.load(artifact)
     try:
-        parity = replace(measure(artifact, session, golden), runtime=f"{parts.name_of(runtime)} {runtime.version()}")
+        found = _answers(artifact, session, golden)
     finally:
         session.close()
-    limit = runtime.limit(artifact)
-    if parity.max_rel is None or parity.max_rel > limit:
-        amount = (
-            "without bound" if parity.max_rel in (None, UNBOUNDED) else f"by {parity.max_rel:.2g} of its largest value"
-        )
+    parity = replace(_figures(artifact, found, golden), runtime=f"{parts.name_of(runtime)} {runtime.version()}")
+    fault = _fault(artifact, runtime, parity, found, golden.simulation)
+    if fault is not None:
         raise ParityError(
             f"{artifact.manifest.format} {artifact.manifest.name!r}: output {parity.output!r} differs from its "
-            f"simulation {amount} (limit {limit:g}) on {parity.runtime}",
+            f"simulation {fault} on {parity.runtime}",
             "the artifact was not kept" if artifact.folder.name.startswith(".") else "export again",
         )
     return parity
 
 
+def _fault(artifact: Artifact, runtime: Runtime, parity: Parity, found: Arrays, simulation: Arrays) -> str | None:
+    """By how much too much an artifact differs, None where it is within the limit of its dialect."""
+    if not artifact.manifest.dialect.startswith(INTEGERS):
+        limit = runtime.limit(artifact)
+        if parity.max_rel is not None and parity.max_rel <= limit:
+            return None
+        return f"{_amount(parity)} (limit {limit:g})"
+    least = artifact.manifest.parity.least_db or INTEGER_DB
+    if all(same_integers(found[name], simulation[name], least) for name in simulation):
+        return None
+    kept = "" if parity.sqnr_db is None else f", SQNR {parity.sqnr_db:.1f} dB"
+    return f"{_amount(parity)}{kept} (this network keeps {least:.1f} dB)"
+
+
+def _amount(parity: Parity) -> str:
+    return "without bound" if parity.max_rel in (None, UNBOUNDED) else f"by {parity.max_rel:.2g} of its largest value"
+
+
+def least_db(simulation: Arrays, nudged: Arrays) -> float:
+    """The SQNR that an integer artifact must keep.
+
+    45 dB; less for a network in which single values that round the other way grow until the outputs move more.
+
+    Args:
+        simulation, nudged: the simulation's answers, and again with a unit or two in the last place of float32 added
+            before each rounding.
+    """
+    own = _least(nudged, simulation)
+    return INTEGER_DB if own is None else min(INTEGER_DB, own - ROUNDING_DB)
+
+
+def same_integers(value: Array, reference: Array, least_db: float = INTEGER_DB) -> bool:
+    """Whether an output of an integer artifact is that of its simulation.
+
+    Engines add in integers and round once, the simulation adds in float32: now and then a value falls to the other
+    side of a rounding limit, and what follows moves with it.
+    """
+    if max_relative(value, reference) in (0.0, math.inf):
+        return np.array_equal(value, reference)
+    found = sqnr_db(value, reference)
+    if found is not None and found >= least_db:
+        return True
+    levels = np.unique(reference)
+    if not 2 <= levels.size <= STEPS:
+        return False
+    apart = np.abs(value.astype(np.float64) - reference)
+    one = float(np.diff(levels.astype(np.float64)).min()) * (1 + 1e-3)
+    return float(apart.max()) <= one and float((apart > 0).mean()) <= STEP_SHARE
+
+
 def measure(artifact: Artifact, session: Session, golden: Golden) -> Parity:
     """Parity figures of a loaded artifact, without judging them."""
+    return _figures(artifact, _answers(artifact, session, golden), golden)
+
+
+def _answers(artifact: Artifact, session: Session, golden: Golden) -> dict[str, Array]:
+    return compute(session.run, artifact.manifest.inputs, artifact.manifest.outputs, golden.inputs)
+
+
+def _figures(artifact: Artifact, found: Arrays, golden: Golden) -> Parity:
     manifest = artifact.manifest
-    found = compute(session.run, manifest.inputs, manifest.outputs, golden.inputs)
     errors = {name: max_relative(found[name], golden.simulation[name]) for name in golden.simulation}
     worst = max(errors, key=lambda name: errors[name])
     first = manifest.outputs[0].name
@@ -129,6 +188,7 @@ def measure(artifact: Artifact, session: Session, golden: Golden) -> Parity:
         agreement=agreement(found[first], golden.original[first]) if golden.original else None,
         samples=count(manifest.inputs, golden.inputs),
         output=worst,
+        least_db=manifest.parity.least_db,
     )
 
 

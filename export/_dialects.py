@@ -26,10 +26,12 @@ HALF_MAX = 65504.0
 SMALL = 16  # tensors up to this size stay float32: a conversion costs more bytes than it saves
 
 
-def refuse_plan(plan: Plan, format_name: str) -> None:
-    """Raises Unsupported when the plan asks for more than float weights."""
+def refuse_plan(plan: Plan, format_name: str, precision: str) -> None:
+    """Raises Unsupported when the plan asks for more than float weights, unless float32 is what was asked for."""
+    if precision == "float32":
+        return
     for node, decisions in plan.nodes.items():
-        words = ", ".join(decisions) or "a decision"
+        words = ", ".join(word for word in decisions if word != "operator") or "a decision"
         raise Unsupported(
             f"{format_name} cannot write what the plan says about {node!r} ({words})",
             "precision = 'float32' writes the weights as they are",

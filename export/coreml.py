@@ -60,7 +60,7 @@ class Coreml(Exporter):
     def lower(self, graph: Graph, plan: Plan) -> Graph:
         from edgepack.export._coreml_half import on_half_grid
 
-        refuse_plan(plan, self.format)
+        refuse_plan(plan, self.format, self.precision)
         fixed = fixed_batch(graph)
         return on_half_grid(fixed) if self.precision == "float16" else fixed
 

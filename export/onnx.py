@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from edgepack.contracts import Census, Exporter, Graph
-from edgepack.export._dialects import lower_float, refuse_plan
+from edgepack.export._dialects import lower_float
 from edgepack.export._onnx_census import census
 from edgepack.export._onnx_form import LIMIT_BYTES, to_onnx
+from edgepack.export._onnx_integer import fused, hold_integers
 from edgepack.export._onnx_slim import slim, store_half
+from edgepack.export._qdq import ONNX_RUNTIME, quantized
 
 if TYPE_CHECKING:
     import onnx
@@ -39,7 +41,8 @@ class Onnx(Exporter):
             raise ValueError(f"opset is {OPSETS[0]} to {OPSETS[-1]}, not {self.opset}")
 
     def lower(self, graph: Graph, plan: Plan) -> Graph:
-        refuse_plan(plan, self.format)
+        if self.precision == "plan" and plan.nodes:
+            return quantized(graph, plan, ONNX_RUNTIME)
         return lower_float(graph, self.precision)
 
     def write(self, simulation: Graph, folder: Path) -> Census:
@@ -50,6 +53,9 @@ class Onnx(Exporter):
             _describe(model, simulation)
         (folder / MODEL).write_bytes(_checked(model))
         notes = [f"{left_bytes} bytes of biases and constants stay float32"] if left_bytes else []
+        if simulation.dialect == ONNX_RUNTIME.name:
+            hold_integers(folder / MODEL, simulation)
+            notes += fused(folder / MODEL, simulation)
         return census(folder / MODEL, notes)
 
 

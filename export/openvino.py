@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from edgepack import contents
 from edgepack.artifact import reserve
 from edgepack.contracts import Census, Exporter, Graph
 from edgepack.errors import Unsupported, require
-from edgepack.export._dialects import exact_half, lower_float, refuse_plan
+from edgepack.export._dialects import exact_half, lower_float
 from edgepack.export._onnx_form import to_onnx
+from edgepack.export._openvino_integer import hold_integers
 from edgepack.export._openvino_slim import slim
+from edgepack.export._qdq import OPENVINO, quantized
 
 if TYPE_CHECKING:
     from edgepack.plan import Plan
@@ -41,7 +44,8 @@ class Openvino(Exporter):
     format: ClassVar[str] = "openvino"
 
     def lower(self, graph: Graph, plan: Plan) -> Graph:
-        refuse_plan(plan, self.format)
+        if self.precision == "plan" and plan.nodes:
+            return quantized(graph, plan, OPENVINO)
         return lower_float(graph, self.precision)
 
     def write(self, simulation: Graph, folder: Path) -> Census:
@@ -57,13 +61,17 @@ class Openvino(Exporter):
         reserve(folder, _weight_bytes(model) + BYTES_PER_NODE * len(model.get_ops()))
         ov.save_model(model, folder / MODEL, compress_to_fp16=False)
         slim(folder / MODEL, {spec.name for spec in (*simulation.inputs, *simulation.outputs)})
-        return _census(ov, folder / MODEL)
+        notes = hold_integers(ov, folder / MODEL, simulation) if simulation.dialect == OPENVINO.name else ()
+        return _census(ov, folder / MODEL, notes)
 
 
 def _convert(ov: Any, graph: Graph, fuse: bool = True) -> Any:
     try:
         with warnings.catch_warnings(), _quiet_root():
             warnings.simplefilter("ignore")
+            if graph.dialect == OPENVINO.name:
+                # Its reader of ONNX makes FakeQuantize of the pairs, that of PyTorch programs does not.
+                return ov.convert_model(io.BytesIO(to_onnx(graph, OPSET).SerializeToString()))
             if _recurrent(graph):
                 return ov.Core().read_model(to_onnx(graph, OPSET).SerializeToString())
             return ov.convert_model(graph.program) if fuse else _convert_only(graph)
@@ -153,7 +161,7 @@ def _describe(model: Any, graph: Graph) -> None:
     model.set_rt_info(json.dumps(left, ensure_ascii=False), ["edgepack", "preprocessing"])
 
 
-def _census(ov: Any, path: Path) -> Census:
+def _census(ov: Any, path: Path, found: Sequence[str] = ()) -> Census:
     model = ov.Core().read_model(path)
     operators = Counter(node.get_type_name() for node in model.get_ops())
     constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
@@ -161,7 +169,9 @@ def _census(ov: Any, path: Path) -> Census:
     for node in constants:
         weights[node.get_element_type().to_dtype().name] += node.get_byte_size()
     left = operators["BatchNormInference"]
-    notes = (f"{left} BatchNormInference nodes are left; the pass fold may help",) if left else ()
+    notes = tuple(found)
+    if left:
+        notes += (f"{left} BatchNormInference nodes are left; the pass fold may help",)
     return Census(
         dict(operators), dict(weights), notes, tuple(filter(None, (contents.key(node.data) for node in constants)))
     )

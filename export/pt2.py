@@ -22,7 +22,7 @@ class Pt2(Exporter):
     format: ClassVar[str] = "pt2"
 
     def lower(self, graph: Graph, plan: Plan) -> Graph:
-        refuse_plan(plan, self.format)
+        refuse_plan(plan, self.format, self.precision)
         return lower_float(graph, self.precision)
 
     def write(self, simulation: Graph, folder: Path) -> Census:

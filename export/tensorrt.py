@@ -62,7 +62,7 @@ class Tensorrt(Exporter):
             raise ValueError(f"workspace_mb is at least 1, not {self.workspace_mb}")
 
     def lower(self, graph: Graph, plan: Plan) -> Graph:
-        refuse_plan(plan, self.format)
+        refuse_plan(plan, self.format, self.precision)
         return lower_float(graph, self.precision)
 
     def write(self, simulation: Graph, folder: Path) -> Census:

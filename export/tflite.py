@@ -28,7 +28,7 @@ class Tflite(Exporter):
     format: ClassVar[str] = "tflite"
 
     def lower(self, graph: Graph, plan: Plan) -> Graph:
-        refuse_plan(plan, self.format)
+        refuse_plan(plan, self.format, self.precision)
         _refuse_dynamic(graph)
         graph = fixed_batch(graph)
         if self.precision == "float16":

@@ -19,7 +19,7 @@ from torch import nn  # noqa: E402
 from edgepack import parts  # noqa: E402
 from edgepack.artifact import Artifact, Manifest, describe_files  # noqa: E402
 from edgepack.contracts import Census, Exporter, Graph, Runtime  # noqa: E402
-from edgepack.errors import Unsupported  # noqa: E402
+from edgepack.errors import InputError, Unsupported  # noqa: E402
 from edgepack.export._dialects import SMALL, exact_half, half_weights, lower_float  # noqa: E402
 from edgepack.graph import capture, run_graph, with_front  # noqa: E402
 from edgepack.plan import Plan  # noqa: E402
@@ -211,9 +211,22 @@ def test_weight_beyond_float16_is_named():
         lower_float(graph, "float16")
 
 
-@pytest.mark.parametrize("format_name", sorted(ENGINES))
+@pytest.mark.parametrize("format_name", ["pt2", "tflite", "tensorrt", "coreml"])
 def test_a_plan_that_cannot_be_written_is_refused(format_name):
+    plan = Plan({"conv2d": {"operator": "conv2d", "bits": 8}})
     with pytest.raises(Unsupported, match=r"cannot write what the plan says about 'conv2d' \(bits\)"):
+        exporter_of(format_name).lower(graph_of("pair"), plan)
+
+
+def test_a_plan_is_left_aside_when_float32_is_asked_for():
+    graph = graph_of("pair")
+    plan = Plan({"conv2d": {"operator": "conv2d", "bits": 8}})
+    assert exporter_of("pt2", precision="float32").lower(graph, plan) is graph
+
+
+@pytest.mark.parametrize("format_name", ["onnx", "openvino"])
+def test_a_plan_of_another_making_is_refused(format_name):
+    with pytest.raises(InputError, match="does not say which operator 'conv2d' is"):
         exporter_of(format_name).lower(graph_of("pair"), Plan({"conv2d": {"bits": 8}}))
 
 

@@ -1,0 +1,75 @@
+"""Rounding weights one input column after the other, each error passed on to the columns that follow.
+
+After E. Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"
+(arXiv:2210.17323), here for convolutions too: the columns of a convolution are those of its unfolded patches, and
+every group of channels has its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from edgepack.compress._graph import argument, operator_of
+from edgepack.compress._grid import TOP
+from edgepack.compress._operators import aten
+
+DAMPING = 0.01  # of the mean diagonal
+COLUMNS = 8192  # beyond this a Hessian takes half a gigabyte
+
+
+def second_moments(node: fx.Node, read: Tensor, weight: Tensor) -> Tensor | None:
+    """Σ x·xᵀ over the patches that each group of a layer reads, (groups, columns, columns) float64.
+
+    None for layers whose patches this does not know, and for very wide ones.
+    """
+    columns = weight[0].numel()
+    if columns > COLUMNS:
+        return None
+    if operator_of(node) is aten.linear:
+        rows = read.reshape(-1, read.shape[-1]).double()
+        return (rows.T @ rows)[None]
+    if operator_of(node) is not aten.conv2d or isinstance(argument(node, "padding"), str):
+        return None
+    groups = argument(node, "groups")
+    how = {name: _pair(argument(node, name)) for name in ("dilation", "padding", "stride")}
+    total = torch.zeros(groups, columns, columns, dtype=torch.float64)
+    for index in range(len(read)):
+        patches = functional.unfold(read[index : index + 1], tuple(weight.shape[2:]), **how)
+        patches = patches.view(groups, columns, -1)
+        total += (patches @ patches.transpose(1, 2)).double()
+    return total
+
+
+def round_in_turn(weight: Tensor, scale: Tensor, moments: Tensor) -> Tensor:
+    """Values on the grid with less error of the layer's result than the nearest have; shape and type of ``weight``."""
+    groups, columns = moments.shape[0], moments.shape[1]
+    rest = weight.detach().double().reshape(groups, -1, columns).clone()
+    steps = scale.double().view(groups, -1)
+    factor = _factor(moments.clone())
+    done = torch.zeros_like(rest)
+    for column in range(columns):
+        whole = (rest[:, :, column] / steps).round().clamp(-TOP, TOP)
+        done[:, :, column] = whole
+        error = (rest[:, :, column] - whole * steps) / factor[:, column, column, None]
+        rest[:, :, column:] -= error[:, :, None] * factor[:, None, column, column:]
+    shape = [-1, *[1] * (weight.dim() - 1)]
+    return done.reshape(weight.shape).to(weight.dtype) * scale.view(shape)
+
+
+def _factor(moments: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse, columns that are always zero set apart."""
+    diagonal = moments.diagonal(dim1=1, dim2=2)
+    diagonal += DAMPING * diagonal.mean(1, keepdim=True)
+    diagonal[diagonal <= 0] = 1.0
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return (values[0], values[-1])

@@ -1,0 +1,260 @@
+"""The steps of quantization after training, in order: fold, equalize, calibrate, round, correct, plan."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from edgepack.compress._correct import Correction, channel_means, sample
+from edgepack.compress._equalize import equalize, pairs
+from edgepack.compress._gptq import round_in_turn, second_moments
+from edgepack.compress._graph import GraphView, argument, named, operator_of, owner_path, shape
+from edgepack.compress._grid import round_to, weight_scale
+from edgepack.compress._norms import fold_norms
+from edgepack.compress._observe import observe_channels, observe_ends, observe_histograms
+from edgepack.compress._operators import WEIGHTED, aten, floating, only_reader, passes, slope, word
+from edgepack.compress._ranges import METHODS, Histogram
+from edgepack.errors import InputError, Unsupported
+from edgepack.graph import capture
+
+if TYPE_CHECKING:
+    from edgepack.compress.quantize import Quantize
+    from edgepack.contracts import Graph, Run
+    from edgepack.task import Task
+
+BIAS_STEPS = 2.0**26  # a bias is at most this many steps of its 32-bit grid
+Range = tuple[float, float]
+
+
+@dataclass(eq=False)
+class Quantizing:
+    """One run of the pass."""
+
+    options: Quantize
+    task: Task
+    run_: Run
+    left: dict[str, str] = field(default_factory=dict)
+
+    def run(self, module: nn.Module) -> nn.Module:
+        module = self._fold(module)
+        view = GraphView.of(module, self.task)
+        _give_biases(view)
+        if self.options.equalize:
+            self._equalize(module)
+        graph = capture(module, self.task)
+        ranges = self._calibrate(graph)
+        inputs = sample(graph, self.task)
+        means = channel_means(graph.program.module(check_guards=False), inputs, _axes(graph))
+        scales, weights = self._scales(module, graph, ranges)
+        biases = _biases(graph, _parameters(module, graph), scales) if self.options.bias_correct else {}
+        correction = Correction(
+            graph.program.module(check_guards=False), means, biases, _fake(ranges, _inputs(graph)),
+            functools.partial(self._round, scales=scales, weights=weights),
+        )  # fmt: skip
+        with torch.no_grad():
+            correction.run(*inputs)
+        if biases:
+            self.run_.note(
+                f"corrected {len(biases)} biases on {len(inputs[0])} samples, by {correction.largest:.2g} at most"
+            )
+        self._plan(capture(module, self.task), ranges, scales)
+        return module
+
+    def _fold(self, module: nn.Module) -> nn.Module:
+        if not any(isinstance(layer, _BatchNorm) for layer in module.modules()):
+            return module
+        module, foldings = fold_norms(GraphView.of(module, self.task), self.task, self.run_)
+        folded = sum(len(folding.folded) for folding in foldings)
+        self.run_.note(f"folded {folded} batch norms, left {len(foldings[-1].left)}")
+        return module
+
+    def _equalize(self, module: nn.Module) -> None:
+        view = GraphView.of(module, self.task)
+        found = pairs(view)  # layers to be left in float too: they stay the same function
+        graph = capture(module, self.task)
+        axes = {pair.read.name: pair.axis for pair in found}
+        seen = observe_channels(graph, self.task, axes, self._progress("looking at channels")) if found else {}
+        changes = [equalize(pair, *seen[pair.read.name]) for pair in found]
+        if changes:
+            self.run_.note(f"equalized {len(changes)} pairs of layers; largest change of a channel {max(changes):.3g}×")
+
+    def _calibrate(self, graph: Graph) -> dict[str, Range]:
+        """Range of every float result and input."""
+        nodes = {node.name: node for node in graph.program.module(check_guards=False).graph.nodes}
+        ranged = [name for name, node in nodes.items() if _ranged(node) or _input(node)]
+        ends = observe_ends(graph, self.task, ranged, self._progress("calibrating"))
+        for name, (low, high) in ends.items():
+            if not (abs(low) < 1e30 and abs(high) < 1e30):  # NaN fails too
+                raise InputError(f"quantize: {name} is not finite on the calibration data")
+        method = METHODS[self.options.calibrate]
+        if self.options.calibrate == "minmax":
+            seen = {name: Histogram(*pair, torch.zeros(1).numpy()) for name, pair in ends.items()}
+        else:
+            seen = observe_histograms(graph, self.task, ends, self._progress("calibrating: histograms"))
+        found = {name: method(seen[name], slope(only_reader(nodes[name]))) for name in ranged}
+        for name, node in nodes.items():
+            if floating(node) and name not in found and (origin := _origin(node)).name in found:
+                found[name] = found[origin.name]
+        names = _inputs(graph)
+        return {names.get(name, name): pair for name, pair in found.items()}
+
+    def _round(self, node: fx.Node, read: Tensor, scales: Mapping[str, Tensor], weights: dict[str, Tensor]) -> None:
+        """Put one layer's weight on its grid, in place, unless another use of it was there before."""
+        weight = weights.pop(node.name, None)
+        if weight is None:
+            return
+        moments = second_moments(node, read, weight) if self.options.rounding == "gptq" else None
+        scale = scales[node.name]
+        weight.copy_(round_to(weight, scale) if moments is None else round_in_turn(weight, scale, moments))
+
+    def _scales(
+        self, module: nn.Module, graph: Graph, ranges: Mapping[str, Range]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Node → scale per output channel; the first node that reads a weight → the weight."""
+        tensors = _parameters(module, graph)
+        scales: dict[str, Tensor] = {}
+        done: dict[int, Tensor] = {}
+        weights: dict[str, Tensor] = {}
+        names = _inputs(graph)
+        for node in graph.program.graph.nodes:
+            if operator_of(node) not in WEIGHTED:
+                continue
+            weight = tensors.get(getattr(argument(node, "weight"), "name", ""))
+            reason = self._obstacle(node, weight)
+            source = names.get(node.args[0].name, node.args[0].name)
+            reason = reason or (None if source in ranges else "its input is no float tensor")
+            if reason is not None:
+                self.left[node.name] = reason
+                continue
+            assert weight is not None
+            if id(weight) not in done:
+                bias = tensors.get(getattr(argument(node, "bias"), "name", ""))
+                floor = _floor(bias, ranges[source])
+                done[id(weight)] = weight_scale(weight, floor)
+                weights[node.name] = weight.data
+            scales[node.name] = done[id(weight)]
+        if not scales:
+            raise Unsupported("quantize: there is no convolution or linear layer to round", "leave the pass out")
+        return scales, weights
+
+    def _obstacle(self, node: fx.Node, weight: Tensor | None) -> str | None:
+        if named(owner_path(node), self.options.leave):
+            return "'leave' names it"
+        if weight is None:
+            return "its weight is computed, not a plain parameter"
+        if weight.dtype != torch.float32:
+            return f"its weight is {weight.dtype}".replace("torch.", "")
+        return None
+
+    def _plan(self, graph: Graph, ranges: Mapping[str, Range], scales: Mapping[str, Tensor]) -> None:
+        plan, bits, names = self.run_.plan, self.options.bits, _inputs(graph)
+        module = graph.program.module(check_guards=False)
+        for node in module.graph.nodes:
+            if not (floating(node) or node.op == "placeholder"):
+                continue
+            entry: dict[str, Any] = {"operator": word(node) if node.op == "call_function" else "input"}
+            name = names.get(node.name, node.name)
+            if name in ranges:
+                low, high = ranges[name]
+                entry["range"] = {"low": low, "high": high, "bits": bits}
+            if node.name in scales:
+                entry["weight"] = {"bits": bits, "axis": 0}
+                plan.tensors[f"{node.name}/weight_scale"] = scales[node.name].numpy()
+            if node.name in self.left:
+                entry["float"] = self.left[node.name]
+            plan.nodes[name] = entry
+        if missing := (set(scales) | set(ranges)) - set(plan.nodes):
+            raise AssertionError(f"captured again, the network lacks {sorted(missing)}")
+        self.run_.note(f"8-bit weights in {len(scales)} layers, {len(self.left)} left in float")
+
+    def _progress(self, text: str) -> Any:
+        assert self.task.calibration is not None
+        return self.run_.progress(text, len(self.task.calibration))
+
+
+def _inputs(graph: Graph) -> dict[str, str]:
+    """Placeholder → its name in the plan, ``input:NAME``; torch has other words for some placeholders."""
+    module = graph.program.module(check_guards=False)
+    placeholders = [node.name for node in module.graph.nodes if node.op == "placeholder"]
+    plan = [f"input:{spec.name}" for spec in graph.inputs]
+    return dict(zip((*placeholders, *graph.program.graph_signature.user_inputs), plan * 2, strict=True))
+
+
+def _input(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return node.op == "placeholder" and isinstance(value, Tensor) and value.dtype == torch.float32
+
+
+def _ranged(node: fx.Node) -> bool:
+    return floating(node) and not passes(node)
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """The operator or input whose values a node only rearranges."""
+    while passes(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _give_biases(view: GraphView) -> None:
+    """Give layers without a bias one of zeros, to be corrected and to take what engines want there anyway."""
+    for call in view.calls:
+        layer = call.layer
+        if operator_of(call.node) in WEIGHTED and layer.bias is None and call.obstacle is None:
+            weight = layer.weight
+            assert isinstance(weight, Tensor)
+            layer.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype), requires_grad=False)
+
+
+def _parameters(module: nn.Module, graph: Graph) -> dict[str, Tensor]:
+    """Placeholder → the module's own parameter."""
+    names = graph.program.graph_signature.inputs_to_parameters
+    return {key: functools.reduce(getattr, name.split("."), module) for key, name in names.items()}  # type: ignore[misc]
+
+
+def _axes(graph: Graph) -> dict[str, int]:
+    """Convolution or linear layer → axis of channels in its result."""
+    return {
+        node.name: len(shape(node)) - 1 if operator_of(node) is aten.linear else 1
+        for node in graph.program.graph.nodes
+        if operator_of(node) in WEIGHTED
+    }
+
+
+def _biases(graph: Graph, tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
+    """Node → bias and axis of channels, for rounded layers whose bias nothing else reads."""
+    found = {}
+    axes = _axes(graph)
+    for node in graph.program.graph.nodes:
+        source = argument(node, "bias") if node.name in scales else None
+        if isinstance(source, fx.Node) and source.name in tensors and len(source.users) == 1:
+            found[node.name] = tensors[source.name].data, axes[node.name]
+    return found
+
+
+def _floor(bias: Tensor | None, around: Range) -> Tensor | float:
+    """The least scale of a weight for which the bias fits a 32-bit grid of scale × step of the input."""
+    return 0.0 if bias is None else bias.detach().abs() / (_step(*around)[0] * BIAS_STEPS)
+
+
+def _step(low: float, high: float) -> tuple[float, int]:
+    scale = (high - low) / 255 or 1.0
+    return scale, round(-low / scale)
+
+
+def _fake(ranges: Mapping[str, Range], names: Mapping[str, str]) -> Any:
+    """Round what engines round: every result but those that the next operator is fused with."""
+
+    def quantize(node: fx.Node, value: Tensor) -> Tensor:
+        name = names.get(node.name, node.name)
+        if name not in ranges or slope(only_reader(node)) != 1.0 or value.dtype != torch.float32:
+            return value
+        return torch.fake_quantize_per_tensor_affine(value, *_step(*ranges[name]), 0, 255)
+
+    return quantize

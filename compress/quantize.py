@@ -1,0 +1,83 @@
+"""Eight-bit weights and activations after training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from edgepack.contracts import Pass, Run
+from edgepack.errors import InputError, Unsupported, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgepack.task import Task
+
+CALIBRATIONS = ("minmax", "percentile", "mse", "entropy")
+ROUNDINGS = ("nearest", "gptq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Pass):
+    """Round the weights of convolutions and linear layers to 8 bits and find the ranges of activations.
+
+    ::
+
+        conv → norm → relu → conv      becomes   conv' → relu → conv'      (weights on a grid, ranges in the plan)
+
+    Batch norms are folded first. The network stays a float network whose weights lie on their grid (one symmetric
+    scale per output channel); each exporter makes integers of it as its engine wants them.
+
+    Attributes:
+        bits: of weights and activations; 8.
+        activations: ``static``: ranges are fixed now, from ``task.calibration``.
+        calibrate: how ranges are read from what was seen: ``minmax`` (all of it), ``percentile`` (99.99 %), ``mse``
+            (least squared error), ``entropy`` (least divergence of the distribution).
+        rounding: of weights: ``nearest``, or ``gptq``: columns in turn, each error passed on to those that follow.
+        equalize: bring the channels between two layers to one size where that leaves the network the same.
+        bias_correct: take the mean error of each output channel out of its bias.
+        leave: names of layers to leave in float, with ``*`` and ``?``; a name also covers what is inside it.
+    """
+
+    stage: ClassVar[int] = 90
+
+    bits: int = 8
+    activations: str = "static"
+    calibrate: str = "mse"
+    rounding: str = "gptq"
+    equalize: bool = True
+    bias_correct: bool = True
+    leave: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.bits != 8:
+            raise ValueError(f"bits is 8, not {self.bits!r}")
+        if self.activations != "static":
+            raise ValueError(f"activations is 'static', not {self.activations!r}")
+        if self.calibrate not in CALIBRATIONS:
+            raise ValueError(f"calibrate is one of {', '.join(CALIBRATIONS)}, not {self.calibrate!r}")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}, not {self.rounding!r}")
+        if isinstance(self.leave, str) or not all(isinstance(name, str) and name for name in self.leave):
+            raise ValueError(f"leave is a list of layer names or patterns, not {self.leave!r}")
+        object.__setattr__(self, "leave", tuple(self.leave))
+
+    def check(self, module: nn.Module, task: Task) -> None:
+        """Refuse a task without calibration data, and a name in ``leave`` that no layer has."""
+        from edgepack.compress._graph import named
+
+        if task.calibration is None:
+            raise InputError("quantize: the task has no calibration data", "add calibration = {data = …} to [task]")
+        if len(task.calibration) == 0:
+            raise InputError("quantize: the calibration data are empty")
+        paths = [path for path, _ in module.named_modules(remove_duplicate=False) if path]
+        for pattern in self.leave:
+            if not any(named(path, [pattern]) for path in paths):
+                raise InputError(f"quantize: leave: no layer is called {pattern!r}", nearest(pattern, paths))
+
+    def apply(self, module: nn.Module, task: Task, run: Run) -> nn.Module:
+        from edgepack.compress._quantizing import Quantizing
+
+        if run.plan.nodes:
+            raise Unsupported("quantize: another pass has already planned operators of this network")
+        return Quantizing(self, task, run).run(module.eval())

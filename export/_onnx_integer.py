@@ -1,0 +1,93 @@
+"""Hold an integer ONNX file against what was planned: stored dtypes, and what ONNX Runtime makes of it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgepack.errors import MissingExtra, ParityError, require
+from edgepack.export._qdq import planned_integer
+
+if TYPE_CHECKING:
+    import onnx
+    from edgepack.contracts import Graph
+
+KERNELS = {
+    "conv": ("QLinearConv", "ConvInteger"),
+    "linear": ("QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeMatMul"),
+}
+FLOAT_KERNELS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+
+
+def hold_integers(path: Path, simulation: Graph) -> None:
+    """Every operator that was planned in integers reads an int8 weight of the file.
+
+    Raises:
+        ParityError: the file holds fewer; says how many.
+    """
+    import onnx
+    from onnx import TensorProto
+
+    model = onnx.load_model_from_string(path.read_bytes())
+    integers = {tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT8}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    found = sum(
+        _reads_integers(node, makers, integers)
+        for node in model.graph.node
+        if node.op_type in ("Conv", "Gemm", "MatMul")
+    )
+    planned = sum(planned_integer(simulation).values())
+    if found < planned:
+        raise ParityError(f"the file has {found} operators with int8 weights, {planned} were planned")
+
+
+def _reads_integers(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto], integers: set[str]) -> bool:
+    maker = makers.get(node.input[1])
+    while maker is not None and maker.op_type in ("Transpose", "Reshape"):
+        maker = makers.get(maker.input[0])
+    return maker is not None and maker.op_type == "DequantizeLinear" and maker.input[0] in integers
+
+
+def fused(path: Path, simulation: Graph) -> list[str]:
+    """What ONNX Runtime computes in integers after its own optimization, as a sentence.
+
+    Raises:
+        ParityError: an operator that was planned in integers is computed in float.
+    """
+    try:
+        ort = require("onnxruntime", "onnx-run")
+    except MissingExtra:
+        return []
+    operators = _optimized(ort, path)
+    planned = planned_integer(simulation)
+    for kind, kernels in KERNELS.items():
+        wanted = sum(count for word, count in planned.items() if word.startswith(kind))
+        found = sum(operators[kernel] for kernel in kernels)
+        if found < wanted:
+            left = ", ".join(f"{operators[name]} {name}" for name in FLOAT_KERNELS if operators[name])
+            raise ParityError(
+                f"ONNX Runtime {ort.__version__} computes {found} of {wanted} planned {kind} operators in integers "
+                f"(left: {left or 'none by that name'})"
+            )
+    integer = ", ".join(f"{count} {name}" for name, count in sorted(operators.items()) if _is_integer(name))
+    return [f"ONNX Runtime {ort.__version__} runs {integer}"]
+
+
+def _is_integer(name: str) -> bool:
+    return name.startswith("QLinear") or any(name in kernels for kernels in KERNELS.values())
+
+
+def _optimized(ort: Any, path: Path) -> Counter[str]:
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        model = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    return Counter(node.op_type for node in model.graph.node)

@@ -1,0 +1,291 @@
+"""Graph + plan + dialect → the simulation: a graph with integer weights and quantize / dequantize operators.
+
+The simulation computes what the artifact must compute, and the artifact is written from that same graph.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgepack.contracts import Graph
+from edgepack.errors import InputError, Unsupported
+from edgepack.export._dialects import _assign, _attribute, _drop_unused, retrace
+
+if TYPE_CHECKING:
+    import torch
+    from torch.fx import GraphModule, Node
+
+    from edgepack.plan import Plan
+
+Array = np.ndarray[Any, Any]
+LEVELS = 256
+INT32 = 2**31 - 1
+OFF_TIES = 1 + 1 / 4096  # 0.1 · 5 steps would be halfway between two; 255 steps are still the nearest to 255
+GRID_ERROR = 1e-6  # of a scale; how far from its grid a weight may be
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How an engine wants a plan written.
+
+    Attributes:
+        name: as in the manifest.
+        fused: operators an engine computes in one with the integer operator before them; a result is quantized
+            behind them, not between.
+        integer: operators without weights that are integer as soon as all they read is quantized.
+        same_step: of ``fused`` or ``integer``, those whose result is quantized in the step of what they read, so
+            that values they pass unchanged are not rounded twice.
+        every_output: weighted operators whose result must be quantized for the engine to compute in integers.
+    """
+
+    name: str
+    fused: frozenset[str]
+    integer: frozenset[str]
+    same_step: frozenset[str] = frozenset()
+    every_output: frozenset[str] = frozenset()
+
+
+RELUS = frozenset({"relu", "relu_", "hardtanh", "hardtanh_", "relu6", "relu6_"})
+LEAKY = frozenset({"leaky_relu", "leaky_relu_"})
+CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
+ADDITIONS = frozenset({"add", "add_"})
+ONNX_RUNTIME = Dialect(
+    "u8s8",
+    fused=RELUS,
+    integer=ADDITIONS | LEAKY | {"cat"},
+    same_step=LEAKY,
+    every_output=CONVOLUTIONS,
+)
+OPENVINO = Dialect("u8s8-openvino", fused=RELUS | LEAKY, integer=frozenset())
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Of an activation: value = step · (integer − zero), integers from 0 to 255."""
+
+    step: float
+    zero: int
+
+    @classmethod
+    def of(cls, low: float, high: float) -> Grid:
+        step = float(np.float32((high - low) / (LEVELS - 1))) or 1.0
+        return cls(step, int(np.clip(round(-low / step), 0, LEVELS - 1)))
+
+
+def quantized(graph: Graph, plan: Plan, dialect: Dialect) -> Graph:
+    """The simulation of an integer artifact.
+
+    Raises:
+        Unsupported: the plan asks for what the dialect lacks; names the operator.
+        InputError: the plan is not of this graph.
+    """
+    import torch.ao.quantization.fx._decomposed  # noqa: F401  (registers the operators)
+
+    module = graph.program.module(check_guards=False)
+    writer = _Writer(module, aligned(module, plan), plan, dialect)
+    writer.run()
+    _drop_unused(module)
+    return replace(retrace(graph, module), dialect=dialect.name)
+
+
+def aligned(module: GraphModule, plan: Plan) -> dict[Node, str]:
+    """Node of the graph → its name in the plan.
+
+    A change of layout or baked-in preprocessing stands before the network and may shift the numbers in names, so
+    operators of one kind are counted from the end. The result that enters the network takes the name of the input.
+
+    Raises:
+        InputError: the plan names operators that the graph lacks.
+    """
+    planned, present = defaultdict(list), defaultdict(list)
+    for name, entry in plan.nodes.items():
+        if "operator" not in entry:
+            raise InputError(f"the plan does not say which operator {name!r} is", "compress again")
+        planned[entry["operator"]].append(name)
+    for node in module.graph.nodes:
+        if _floating(node):
+            present[_word(node)].append(node)
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    inputs = dict(zip(placeholders, planned.pop("input", []), strict=False))
+    found: dict[Node, str] = {}
+    for kind, names in planned.items():
+        nodes = present[kind][-len(names) :]
+        if len(nodes) < len(names):
+            raise InputError(f"the plan has {len(names)} operators {kind}, the network {len(nodes)}", "compress again")
+        found.update(zip(nodes, names, strict=True))
+    for node in module.graph.nodes:
+        if node not in found and _tensor(node) and any(user in found for user in node.users):
+            origin = _placeholder(node)
+            if origin in inputs:
+                found[node] = inputs[origin]
+    return found
+
+
+@dataclass(eq=False)
+class _Writer:
+    module: GraphModule
+    names: dict[Node, str]
+    plan: Plan
+    dialect: Dialect
+    grids: dict[Node, Grid] = field(default_factory=dict)
+
+    def run(self) -> None:
+        self._mark()
+        pairs = {node: self._quantize(node, grid) for node, grid in self.grids.items()}
+        shared: dict[tuple[str, str], Node] = {}
+        for node in self._weighted():
+            self._store(node, pairs, shared)
+
+    def _weighted(self) -> list[Node]:
+        return [node for node in self.names if "weight" in self._entry(node)]
+
+    def _entry(self, node: Node) -> Mapping[str, Any]:
+        return self.plan.nodes[self.names[node]]
+
+    def _mark(self) -> None:
+        """Choose which results are quantized, in the order of computation."""
+        for node in list(self.module.graph.nodes):
+            if node not in self.names:
+                continue
+            if "weight" in self._entry(node):
+                self._mark_one(node.args[0], node)
+                if _word(node) in self.dialect.every_output:
+                    self._mark_result(node)
+            elif _word(node) in self.dialect.integer and all(self._integer(source) for source in _floats(node)):
+                for source in _floats(node):
+                    self._mark_one(source, node)
+                self._mark_result(node)
+
+    def _integer(self, node: Node) -> bool:
+        """Whether a value is, or can be, the result of an integer operator or a rearrangement of one."""
+        while _word(node) in PASSING and isinstance(node.args[0], type(node)) and node not in self.grids:
+            node = node.args[0]
+        return node in self.grids or (node in self.names and "weight" in self._entry(node))
+
+    def _mark_result(self, node: Node) -> None:
+        behind = next(iter(node.users)) if len(node.users) == 1 else None
+        self._mark_one(behind if behind is not None and _word(behind) in self.dialect.fused else node, node)
+
+    def _mark_one(self, node: Any, reader: Node) -> None:
+        known = self._entry(node).get("range") if node in self.names else None
+        if known is None:
+            raise Unsupported(f"the plan has no range for what {reader.name} reads", "compress again")
+        grid = Grid.of(known["low"], known["high"])
+        if _word(node) in self.dialect.same_step and node.args[0] in self.grids:
+            step = float(np.float32(self.grids[node.args[0]].step * OFF_TIES))
+            grid = Grid(step, int(np.clip(round(-known["low"] / step), 0, LEVELS - 1)))
+        self.grids.setdefault(node, grid)
+
+    def _quantize(self, node: Node, grid: Grid) -> Node:
+        import torch
+
+        operators = torch.ops.quantized_decomposed
+        how = (grid.step, grid.zero, 0, LEVELS - 1, torch.uint8)
+        users = list(node.users)
+        with self.module.graph.inserting_after(node):
+            stored = self.module.graph.call_function(operators.quantize_per_tensor.default, (node, *how))
+        with self.module.graph.inserting_after(stored):
+            value = self.module.graph.call_function(operators.dequantize_per_tensor.default, (stored, *how))
+        for user in users:
+            user.replace_input_with(node, value)
+        return value
+
+    def _store(self, node: Node, pairs: Mapping[Node, Node], shared: dict[tuple[str, str], Node]) -> None:
+        """Weight and bias of one operator as integers."""
+        source = next(before for before, after in pairs.items() if after is node.args[0])
+        weight: Any = node.args[1]
+        bias: Any = node.args[2] if len(node.args) > 2 else None
+        scale = self.plan.tensors[f"{self.names[node]}/weight_scale"]
+        where = str(weight.target)
+        node.update_arg(1, self._integers(node, where, _on_grid(self._values(weight), scale, where), scale, shared))
+        if bias is None:
+            return
+        steps = (scale * np.float32(self.grids[source].step)).astype(np.float32)
+        whole = np.rint(self._values(bias).astype(np.float64) / steps)
+        if np.abs(whole).max(initial=0) > INT32:
+            raise Unsupported(f"the bias of {node.name} does not fit 32 bits", f"leave = [{where!r}] in quantize")
+        node.update_arg(2, self._integers(node, str(bias.target), whole.astype(np.int32), steps, shared))
+
+    def _integers(
+        self, reader: Node, name: str, whole: Array, scale: Array, shared: dict[tuple[str, str], Node]
+    ) -> Node:
+        import torch
+
+        kind = torch.int8 if whole.dtype == np.int8 else torch.int32
+        key = (name, f"{whole.tobytes()!r}" if kind is torch.int32 else "")
+        prefix = f"{name}_{'weight' if kind is torch.int8 else reader.name}".replace(".", "_")
+        stored = (whole, scale, np.zeros(len(scale), whole.dtype))
+        with self.module.graph.inserting_before(reader):
+            if key not in shared:
+                held = []
+                for suffix, array in zip(("integers", "scale", "zero"), stored, strict=True):
+                    _assign(self.module, f"{prefix}_{suffix}", torch.from_numpy(np.ascontiguousarray(array)))
+                    held.append(self.module.graph.get_attr(f"{prefix}_{suffix}"))
+                low, high = (-127, 127) if kind is torch.int8 else (-INT32 - 1, INT32)
+                operator = torch.ops.quantized_decomposed.dequantize_per_channel.default
+                shared[key] = self.module.graph.call_function(operator, (*held, 0, low, high, kind))
+        return shared[key]
+
+    def _values(self, node: Node) -> Array:
+        if node.op != "get_attr":
+            raise InputError(f"the plan calls {node.name} a weight, the network computes it", "compress again")
+        tensor: torch.Tensor = _attribute(self.module, node)
+        return tensor.detach().numpy()
+
+
+def _on_grid(values: Array, scale: Array, name: str) -> Array:
+    steps = scale.reshape(-1, *[1] * (values.ndim - 1)).astype(np.float64)
+    whole = np.rint(values / steps)
+    if np.abs(values / steps - whole).max(initial=0.0) > GRID_ERROR * 127 or np.abs(whole).max(initial=0.0) > 127:
+        raise InputError(f"the weight {name} does not lie on the grid that the plan gives", "compress again")
+    return whole.astype(np.int8)
+
+
+PASSING = frozenset({
+    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose",
+    "contiguous", "clone", "alias", "detach", "dropout", "slice", "select", "pad", "expand",
+    "max_pool1d", "max_pool2d", "max_pool3d",
+})  # fmt: skip
+
+
+def _floats(node: Node) -> Iterator[Node]:
+    return (source for source in node.all_input_nodes if _tensor(source))
+
+
+def _tensor(node: Node) -> bool:
+    import torch
+
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32
+
+
+def _floating(node: Node) -> bool:
+    return node.op == "call_function" and _tensor(node)
+
+
+def _placeholder(node: Node) -> Node | None:
+    """The input that a node's value comes from."""
+    while node.op != "placeholder":
+        if not node.all_input_nodes:
+            return None
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _word(node: Node) -> str:
+    return str(node.target).removeprefix("aten.").partition(".")[0]
+
+
+def planned_integer(simulation: Graph) -> Counter[str]:
+    """Operators that read integer weights, by kind."""
+    kinds: Counter[str] = Counter()
+    for node in simulation.program.graph.nodes:
+        sources = [source for source in node.all_input_nodes if "dequantize_per_channel" in str(source.target)]
+        if sources:
+            kinds[_word(node)] += 1
+    return kinds

@@ -1,0 +1,215 @@
+"""Integer artifacts: the simulation, the file written from it, and what engines make of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from edgepack.artifact import Artifact, Manifest, describe_files  # noqa: E402
+from edgepack.compress.quantize import Quantize  # noqa: E402
+from edgepack.compressing import compress  # noqa: E402
+from edgepack.data import Batch  # noqa: E402
+from edgepack.errors import InputError, ParityError  # noqa: E402
+from edgepack.export._qdq import ONNX_RUNTIME, Grid, planned_integer, quantized  # noqa: E402
+from edgepack.export.onnx import Onnx  # noqa: E402
+from edgepack.export.openvino import Openvino  # noqa: E402
+from edgepack.exporting import Source, export  # noqa: E402
+from edgepack.graph import run_graph  # noqa: E402
+from edgepack.parity import least_db, same_integers, sqnr_db  # noqa: E402
+from edgepack.plan import Plan  # noqa: E402
+from edgepack.progress import Silent  # noqa: E402
+from edgepack.task import Input, Task  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
+
+
+class Samples:
+    labels: tuple[str, ...] = ()
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def batches(self, size: int) -> Any:
+        for start in range(0, len(self), size):
+            part = {"x": self.values[start : start + size]}
+            yield Batch(part, part, None)
+
+
+class Residual(nn.Module):
+    """Everything the dialects know: strides, depthwise, a residual sum, a leaky ReLU, a concatenation, a pad."""
+
+    def __init__(self, leak: float = 0.1, width: int = 8, fused: bool = True) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.point = nn.Conv2d(width, width, 1)
+        self.last = nn.Linear(2 * width, 6)
+        self.leak, self.fused = leak, fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.first(x)))
+        y = F.leaky_relu(self.depthwise(x), self.leak)
+        y = self.point(y) + x
+        y = F.relu(y) if self.fused else y
+        y = torch.cat([y[:, :, ::2, ::2], F.max_pool2d(x, 2)], 1)
+        return self.last(y.mean((2, 3)))
+
+
+def source(folder: Path, module: nn.Module, seed: int = 0) -> Source:
+    values = np.random.default_rng(seed).standard_normal((24, 3, 8, 8)).astype(np.float32)
+    task = Task((Input("x", (1, 3, 8, 8)),), calibration=Samples(values))  # type: ignore[arg-type]
+    compress(module.eval(), task, [Quantize()], folder, Silent())
+    return Source.open(folder / "compressed")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Source]:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("integer")
+    return folder, source(folder, Residual())
+
+
+def test_onnx_file_holds_integers_and_onnx_runtime_runs_them(made: tuple[Path, Source]) -> None:
+    folder, _ = made
+    artifact = export(folder, [Onnx()], Silent())[0].artifact
+    manifest = artifact.manifest
+    assert manifest.dialect == "u8s8"
+    assert manifest.parity.status == "checked"
+    assert manifest.census is not None
+    assert manifest.census["weight_bytes"]["int8"] > 3 * 8 * 9
+    assert "3 QLinearConv" in manifest.census["notes"][0]
+    assert "1 QGemm" in manifest.census["notes"][0]
+    assert "1 QLinearAdd" in manifest.census["notes"][0]
+    assert "1 QLinearLeakyRelu" in manifest.census["notes"][0]
+    model = onnx.load(artifact.file(".onnx"))
+    large = [tensor for tensor in model.graph.initializer if np.prod(tensor.dims) >= 64]
+    assert {tensor.data_type for tensor in large} == {onnx.TensorProto.INT8}
+
+
+def test_openvino_reads_integer_weights(made: tuple[Path, Source]) -> None:
+    pytest.importorskip("openvino")
+    artifact = export(made[0], [Openvino()], Silent())[0].artifact
+    assert artifact.manifest.dialect == "u8s8-openvino"
+    assert artifact.manifest.parity.status == "checked"
+    assert artifact.manifest.census is not None
+    assert artifact.manifest.census["weight_bytes"]["int8"] > 3 * 8 * 9
+
+
+@pytest.mark.parametrize("exporter", [Onnx(name="front", layout="NHWC"), Onnx(name="plain", precision="float32")])
+def test_other_interfaces_of_the_same_plan(made: tuple[Path, Source], exporter: Onnx) -> None:
+    manifest = export(made[0], [exporter], Silent())[0].artifact.manifest
+    assert manifest.parity.status == "checked"
+    assert manifest.dialect == ("float32" if exporter.precision == "float32" else "u8s8")
+
+
+@pytest.mark.slow
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 1000),
+    leak=st.sampled_from([0.01, 0.1, 0.25, 0.5]),
+    width=st.integers(1, 9),
+    fused=st.booleans(),
+)
+def test_file_computes_its_simulation(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, leak: float, width: int, fused: bool
+) -> None:
+    """Random small networks: engine and simulation differ by single roundings at most."""
+    torch.manual_seed(seed)
+    folder = tmp_path_factory.mktemp("random")
+    made = source(folder, Residual(leak, width, fused), seed)
+    assert sum(planned_integer(quantized(made.graph, made.plan, ONNX_RUNTIME)).values()) == 4
+    artifact = export(folder, [Onnx()], Silent())[0].artifact
+    found = artifact.manifest.parity
+    assert found.sqnr_db is None or found.sqnr_db > 40
+
+
+def test_simulation_is_near_the_float_network(made: tuple[Path, Source]) -> None:
+    source = made[1]
+    x = {"x": np.random.default_rng(5).standard_normal((32, 3, 8, 8)).astype(np.float32)}
+    simulation = run_graph(quantized(source.graph, source.plan, ONNX_RUNTIME), x)["output"]
+    found = sqnr_db(simulation, run_graph(source.graph, x)["output"])
+    assert found is not None
+    assert found > 25
+
+
+def test_weights_off_their_grid_are_refused(made: tuple[Path, Source]) -> None:
+    source = made[1]
+    scales = {name: array * np.float32(1.01) for name, array in source.plan.tensors.items()}
+    with pytest.raises(InputError, match="does not lie on the grid"):
+        quantized(source.graph, Plan(source.plan.nodes, scales), ONNX_RUNTIME)
+
+
+def test_a_plan_of_another_network_is_refused(made: tuple[Path, Source]) -> None:
+    source = made[1]
+    more = {**source.plan.nodes, "conv2d_9": {"operator": "conv2d"}}
+    with pytest.raises(InputError, match="the plan has 4 operators conv2d, the network 3"):
+        quantized(source.graph, Plan(more, source.plan.tensors), ONNX_RUNTIME)
+
+
+def test_a_planned_operator_that_is_float_in_the_file_is_an_error(made: tuple[Path, Source], tmp_path: Path) -> None:
+    from edgepack.export._onnx_integer import hold_integers
+
+    source = made[1]
+    simulation = quantized(source.graph, source.plan, ONNX_RUNTIME)
+    Onnx().write(source.graph, tmp_path)
+    with pytest.raises(ParityError, match="has 0 operators with int8 weights, 4 were planned"):
+        hold_integers(tmp_path / "model.onnx", simulation)
+
+
+@given(low=st.floats(-1e3, -1e-6), high=st.floats(1e-6, 1e3))
+def test_grids_hold_zero_exactly_and_their_ends_within_a_step(low: float, high: float) -> None:
+    grid = Grid.of(low, high)
+    assert 0 <= grid.zero <= 255
+    assert grid.step > 0
+    assert abs((0 - grid.zero) * grid.step - low) <= grid.step
+    assert abs((255 - grid.zero) * grid.step - high) <= grid.step
+
+
+def test_integer_parity_allows_a_single_step_and_no_more() -> None:
+    reference = np.random.default_rng(0).integers(0, 255, (4, 5000)).astype(np.float32) * 0.1
+    for apart, share, same in ((0.1, 5e-4, True), (0.1, 0.2, False), (20.0, 5e-4, False)):
+        value = reference.copy()
+        value[:, : int(5000 * share)] += apart
+        assert same_integers(value, reference, 70.0) is same
+    assert same_integers(reference, reference)
+    assert not same_integers(reference[:2], reference)
+    assert not same_integers(np.full_like(reference, np.nan), reference)
+
+
+def test_the_limit_follows_what_rounding_does() -> None:
+    reference = {"y": np.ones((1, 1000))}
+    assert least_db(reference, reference) == 45.0
+    assert least_db(reference, {"y": reference["y"] + 0.01}) == pytest.approx(34.0)
+
+
+def test_a_wrong_integer_artifact_is_refused(made: tuple[Path, Source], tmp_path: Path) -> None:
+    """One weight of each output channel changed by its largest step."""
+    from edgepack.parity import check, runtime_for
+
+    artifact = export(made[0], [Onnx()], Silent())[0].artifact
+    model = onnx.load(artifact.file(".onnx"))
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 4:
+            values = onnx.numpy_helper.to_array(tensor).copy()
+            values[..., 0] = -values[..., 0]
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, tmp_path / "model.onnx")
+    artifact.golden().save(tmp_path / "golden.npz")
+    manifest = artifact.manifest
+    wrong = Manifest(**{**vars(manifest), "files": describe_files(tmp_path)})
+    with pytest.raises(ParityError, match="differs from its simulation"):
+        check(Artifact(tmp_path, wrong), runtime_for("onnx"))
