@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepack.errors import MissingExtra, ParityError, require
-from edgepack.export._qdq import planned_integer
+from edgepack.export._qdq import ADDITIONS, CONVOLUTIONS, LEAKY, RELUS, Dialect, planned_integer
 
 if TYPE_CHECKING:
     import onnx
     from edgepack.contracts import Graph
 
+ONNX_RUNTIME = Dialect(
+    "u8s8",
+    fused=RELUS,
+    integer=ADDITIONS | LEAKY | {"cat"},
+    same_step=LEAKY,
+    every_output=CONVOLUTIONS,
+)
 KERNELS = {
     "conv": ("QLinearConv", "ConvInteger"),
     "linear": ("QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeMatMul"),

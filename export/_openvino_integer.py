@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepack.errors import ParityError
-from edgepack.export._qdq import planned_integer
+from edgepack.export._qdq import LEAKY, RELUS, Dialect, planned_integer
 
 if TYPE_CHECKING:
     from edgepack.contracts import Graph
 
+OPENVINO = Dialect("u8s8-openvino", fused=RELUS | LEAKY, integer=frozenset())
 KINDS = {"conv": ("Convolution", "GroupConvolution"), "linear": ("MatMul",)}
 RUN = {"conv": ("Convolution",), "linear": ("FullyConnected", "MatMul")}
 INTEGER = ("i8", "u8")

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from edgepack.plan import Plan
 
 Array = np.ndarray[Any, Any]
-LEVELS = 256
 INT32 = 2**31 - 1
 OFF_TIES = 1 + 1 / 4096  # 0.1 · 5 steps would be halfway between two; 255 steps are still the nearest to 255
 GRID_ERROR = 1e-6  # of a scale; how far from its grid a weight may be
@@ -34,13 +33,15 @@ class Dialect:
     """How an engine wants a plan written.
 
     Attributes:
-        name: as in the manifest.
+        name: as in the manifest; the formats' own modules hold one per engine.
         fused: operators an engine computes in one with the integer operator before them; a result is quantized
             behind them, not between.
         integer: operators without weights that are integer as soon as all they read is quantized.
         same_step: of ``fused`` or ``integer``, those whose result is quantized in the step of what they read, so
             that values they pass unchanged are not rounded twice.
         every_output: weighted operators whose result must be quantized for the engine to compute in integers.
+        signed: activations are integers from −128 to 127, not from 0 to 255.
+        symmetric: 0 is the integer 0, and −128 is not used; signed only.
     """
 
     name: str
@@ -48,33 +49,39 @@ class Dialect:
     integer: frozenset[str]
     same_step: frozenset[str] = frozenset()
     every_output: frozenset[str] = frozenset()
+    signed: bool = False
+    symmetric: bool = False
+
+    @property
+    def lowest(self) -> int:
+        """The smallest integer of an activation."""
+        return (-127 if self.symmetric else -128) if self.signed else 0
+
+    @property
+    def highest(self) -> int:
+        """The largest integer of an activation."""
+        return 127 if self.signed else 255
+
+    def grid(self, low: float, high: float, step: float | None = None) -> Grid:
+        """The integers for a range with 0 in it; ``step`` where another grid gives it."""
+        if self.symmetric:
+            return Grid(step or float(np.float32(max(-low, high) / self.highest)) or 1.0, 0)
+        step = step or float(np.float32((high - low) / (self.highest - self.lowest))) or 1.0
+        return Grid(step, int(np.clip(round(self.lowest - low / step), self.lowest, self.highest)))
 
 
 RELUS = frozenset({"relu", "relu_", "hardtanh", "hardtanh_", "relu6", "relu6_"})
 LEAKY = frozenset({"leaky_relu", "leaky_relu_"})
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 ADDITIONS = frozenset({"add", "add_"})
-ONNX_RUNTIME = Dialect(
-    "u8s8",
-    fused=RELUS,
-    integer=ADDITIONS | LEAKY | {"cat"},
-    same_step=LEAKY,
-    every_output=CONVOLUTIONS,
-)
-OPENVINO = Dialect("u8s8-openvino", fused=RELUS | LEAKY, integer=frozenset())
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Of an activation: value = step · (integer − zero), integers from 0 to 255."""
+    """Of an activation: value = step · (integer − zero)."""
 
     step: float
     zero: int
-
-    @classmethod
-    def of(cls, low: float, high: float) -> Grid:
-        step = float(np.float32((high - low) / (LEVELS - 1))) or 1.0
-        return cls(step, int(np.clip(round(-low / step), 0, LEVELS - 1)))
 
 
 def quantized(graph: Graph, plan: Plan, dialect: Dialect) -> Graph:
@@ -175,17 +182,17 @@ class _Writer:
         known = self._entry(node).get("range") if node in self.names else None
         if known is None:
             raise Unsupported(f"the plan has no range for what {reader.name} reads", "compress again")
-        grid = Grid.of(known["low"], known["high"])
+        step = None
         if _word(node) in self.dialect.same_step and node.args[0] in self.grids:
             step = float(np.float32(self.grids[node.args[0]].step * OFF_TIES))
-            grid = Grid(step, int(np.clip(round(-known["low"] / step), 0, LEVELS - 1)))
-        self.grids.setdefault(node, grid)
+        self.grids.setdefault(node, self.dialect.grid(known["low"], known["high"], step))
 
     def _quantize(self, node: Node, grid: Grid) -> Node:
         import torch
 
         operators = torch.ops.quantized_decomposed
-        how = (grid.step, grid.zero, 0, LEVELS - 1, torch.uint8)
+        kind = torch.int8 if self.dialect.signed else torch.uint8
+        how = (grid.step, grid.zero, self.dialect.lowest, self.dialect.highest, kind)
         users = list(node.users)
         with self.module.graph.inserting_after(node):
             stored = self.module.graph.call_function(operators.quantize_per_tensor.default, (node, *how))

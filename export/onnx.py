@@ -11,9 +11,9 @@ from edgepack.contracts import Census, Exporter, Graph
 from edgepack.export._dialects import lower_float
 from edgepack.export._onnx_census import census
 from edgepack.export._onnx_form import LIMIT_BYTES, to_onnx
-from edgepack.export._onnx_integer import fused, hold_integers
+from edgepack.export._onnx_integer import ONNX_RUNTIME, fused, hold_integers
 from edgepack.export._onnx_slim import slim, store_half
-from edgepack.export._qdq import ONNX_RUNTIME, quantized
+from edgepack.export._qdq import quantized
 
 if TYPE_CHECKING:
     import onnx

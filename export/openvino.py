@@ -20,9 +20,9 @@ from edgepack.contracts import Census, Exporter, Graph
 from edgepack.errors import Unsupported, require
 from edgepack.export._dialects import exact_half, lower_float
 from edgepack.export._onnx_form import to_onnx
-from edgepack.export._openvino_integer import hold_integers
+from edgepack.export._openvino_integer import OPENVINO, hold_integers
 from edgepack.export._openvino_slim import slim
-from edgepack.export._qdq import OPENVINO, quantized
+from edgepack.export._qdq import quantized
 
 if TYPE_CHECKING:
     from edgepack.plan import Plan

@@ -21,7 +21,8 @@ from edgepack.compress.quantize import Quantize  # noqa: E402
 from edgepack.compressing import compress  # noqa: E402
 from edgepack.data import Batch  # noqa: E402
 from edgepack.errors import InputError, ParityError  # noqa: E402
-from edgepack.export._qdq import ONNX_RUNTIME, Grid, planned_integer, quantized  # noqa: E402
+from edgepack.export._onnx_integer import ONNX_RUNTIME  # noqa: E402
+from edgepack.export._qdq import planned_integer, quantized  # noqa: E402
 from edgepack.export.onnx import Onnx  # noqa: E402
 from edgepack.export.openvino import Openvino  # noqa: E402
 from edgepack.exporting import Source, export  # noqa: E402
@@ -172,7 +173,7 @@ def test_a_planned_operator_that_is_float_in_the_file_is_an_error(made: tuple[Pa
 
 @given(low=st.floats(-1e3, -1e-6), high=st.floats(1e-6, 1e3))
 def test_grids_hold_zero_exactly_and_their_ends_within_a_step(low: float, high: float) -> None:
-    grid = Grid.of(low, high)
+    grid = ONNX_RUNTIME.grid(low, high)
     assert 0 <= grid.zero <= 255
     assert grid.step > 0
     assert abs((0 - grid.zero) * grid.step - low) <= grid.step
