@@ -46,6 +46,8 @@ class Parity:
         sqnr_original_db: against the original module.
         output: the worst output.
         least_db: the SQNR against the simulation that an integer artifact must keep, None for float ones.
+        rounded: rounded values compared one by one, each computed from what the file holds before it.
+        rounded_otherwise: the largest share of one such value's elements that is a step apart; None for float ones.
     """
 
     status: str
@@ -57,6 +59,8 @@ class Parity:
     samples: int = 0
     output: str | None = None
     least_db: float | None = None
+    rounded: int = 0
+    rounded_otherwise: float | None = None
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,14 @@ def first_divergence(simulation: Graph, inputs: Arrays, steps: Sequence[Step]) -
     return _Search(_nodes(simulation, inputs), _File(steps)).run()
 
 
+def describe(node: Node, step: str, error: float | None) -> Divergence:
+    """The divergence of one operator; one that only rounds, moves or cuts stands for what feeds it."""
+    source = node
+    while not _layer(source) and source.all_input_nodes and _word(source) in (*MOVES, *PIECEWISE):
+        source = source.all_input_nodes[0]
+    return Divergence(source.name, _word(source), _layer(source), step, bool(_layer(source)), error)
+
+
 @dataclass(eq=False)
 class _Value:
     """An operator of the simulation and what it computes."""
@@ -334,5 +342,10 @@ def _word(node: Node) -> str:
 
 
 def _layer(node: Node) -> str:
-    names = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
+    """The layer whose weight a node reads, as it is or as integers."""
+    sources = [
+        source.all_input_nodes[0] if "dequantize_per_channel" in str(source.target) else source
+        for source in node.all_input_nodes
+    ]
+    names = [str(source.target) for source in sources if source.op == "get_attr"]
     return names[0].rpartition(".")[0] or names[0] if names else ""

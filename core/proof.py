@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgepack import contents
 from edgepack.artifact import Artifact, Golden, Parity
-from edgepack.contracts import FLOAT_LIMIT, INTEGERS, Census, Graph, Runtime
+from edgepack.contracts import FLOAT_LIMIT, INTEGERS, Census, Graph, Runtime, Step
 from edgepack.divergence import Divergence, first_divergence
 from edgepack.errors import EdgepackError, MissingExtra, ParityError, Unsupported
 from edgepack.parity import check
 from edgepack.samples import Array, compute, count, has_dynamic_batch, take
+from edgepack.stepwise import stepwise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,10 +35,27 @@ def prove(artifact: Artifact, runtime: Runtime, simulation: Graph) -> Parity:
         parity = check(artifact, runtime)
     except ParityError as error:
         raise blamed(error, artifact, runtime, simulation) from error
-    floats = not artifact.manifest.dialect.startswith(INTEGERS)
-    if floats and parity.max_rel is not None and parity.max_rel > SUSPECT:
+    if artifact.manifest.dialect.startswith(INTEGERS):
+        return _operator_by_operator(parity, artifact, runtime, simulation)
+    if parity.max_rel is not None and parity.max_rel > SUSPECT:
         _look_inside(artifact, runtime, simulation)
     return parity
+
+
+def _operator_by_operator(parity: Parity, artifact: Artifact, runtime: Runtime, simulation: Graph) -> Parity:
+    """Every rounded value of the file is that of the simulation but for single steps, where the engine shows them."""
+    inputs = _worst_samples(artifact, runtime)
+    try:
+        steps = runtime.trace(artifact, inputs)
+    except (Unsupported, MissingExtra):
+        return parity
+    found = stepwise(simulation, inputs, steps)
+    if found.fault is not None:
+        name = f"{artifact.manifest.format} {artifact.manifest.name!r}"
+        raise ParityError(
+            f"{name}: the outputs agree, an operator does not; {found.fault}", details=asdict(found.fault)
+        )
+    return replace(parity, rounded=found.compared, rounded_otherwise=found.worst_share)
 
 
 def _look_inside(artifact: Artifact, runtime: Runtime, simulation: Graph) -> None:
@@ -48,18 +66,28 @@ def _look_inside(artifact: Artifact, runtime: Runtime, simulation: Graph) -> Non
         return
     found = first_divergence(simulation, inputs, steps)
     if found.error is not None and found.error > FLOAT_LIMIT:
-        name = f"{artifact.manifest.format} {artifact.manifest.name!r}"
-        raise ParityError(f"{name}: the outputs agree, an operator does not; {found}", details=asdict(found))
+        raise _inside(artifact, found)
+
+
+def _inside(artifact: Artifact, fault: Divergence) -> ParityError:
+    name = f"{artifact.manifest.format} {artifact.manifest.name!r}"
+    return ParityError(f"{name}: the outputs agree, an operator does not; {fault}", details=asdict(fault))
 
 
 def blamed(error: ParityError, artifact: Artifact, runtime: Runtime, simulation: Graph) -> ParityError:
     """The same error, with the first operator that diverges."""
     try:
         inputs = _worst_samples(artifact, runtime)
-        found = first_divergence(simulation, inputs, runtime.trace(artifact, inputs))
+        found = _divergence(artifact, simulation, inputs, runtime.trace(artifact, inputs))
     except EdgepackError as reason:
         return ParityError(f"{error.message}; which operator cannot be told: {reason.message}", error.hint)
     return ParityError(f"{error.message}; {found}", error.hint, asdict(found))
+
+
+def _divergence(artifact: Artifact, simulation: Graph, inputs: dict[str, Array], steps: list[Step]) -> Divergence:
+    if artifact.manifest.dialect.startswith(INTEGERS):
+        return stepwise(simulation, inputs, steps).fault or Divergence(None)
+    return first_divergence(simulation, inputs, steps)
 
 
 def hold_storage(simulation: Graph, census: Census, name: str) -> None:

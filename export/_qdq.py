@@ -225,7 +225,7 @@ class _Writer:
 
         kind = torch.int8 if whole.dtype == np.int8 else torch.int32
         key = (name, f"{whole.tobytes()!r}" if kind is torch.int32 else "")
-        prefix = f"{name}_{'weight' if kind is torch.int8 else reader.name}".replace(".", "_")
+        prefix = name if kind is torch.int8 else f"{name}_{reader.name}"
         stored = (whole, scale, np.zeros(len(scale), whole.dtype))
         with self.module.graph.inserting_before(reader):
             if key not in shared:

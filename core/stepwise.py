@@ -1,0 +1,169 @@
+"""An integer artifact operator by operator, each fed with what the file itself computed before it.
+
+End to end, single values that round the other way grow from layer to layer until the outputs say little about whether
+the file is right. Here the simulation is computed with every rounded value replaced by the file's own as soon as it
+is known, so that a difference never travels: a correct file is at most one step away, on few values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgepack.contracts import FLOAT_LIMIT, Arrays, Graph, Step
+from edgepack.divergence import Divergence, describe, views
+from edgepack.parity import STEP_SHARE, max_relative
+from edgepack.samples import Array
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.fx import GraphModule, Node
+
+ON_GRID = 0.02  # of a step; how far a float tensor of the file may be from the grid it is said to be on
+QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
+
+
+@dataclass
+class Stepwise:
+    """What the comparison found.
+
+    Attributes:
+        compared: rounded values of the simulation that the file holds too.
+        absent: those of which the file has no tensor of that size; engines may do without.
+        worst_share: the largest share of one value's elements that is a step apart.
+        fault: the first operator that is further apart, None for a sound file.
+    """
+
+    compared: int = 0
+    absent: int = 0
+    worst_share: float = 0.0
+    fault: Divergence | None = None
+
+
+def stepwise(simulation: Graph, inputs: Arrays, steps: Sequence[Step]) -> Stepwise:
+    """Compare every rounded value, and the outputs.
+
+    Args:
+        simulation: what the artifact must compute.
+        inputs: one batch, as the artifact takes it.
+        steps: the artifact's operators with their results on that batch.
+    """
+    module = simulation.program.module(check_guards=False)
+    comparison = _Comparison(_Tensors.of(steps))
+    results = _walk(module, [inputs[spec.name] for spec in simulation.inputs], comparison)
+    if comparison.found.fault is None:
+        comparison.found.fault = _outputs_fault(module, results, comparison.file)
+    return comparison.found
+
+
+def _walk(module: GraphModule, inputs: Sequence[Array], comparison: _Comparison) -> Any:
+    import torch
+
+    class Walk(torch.fx.Interpreter):
+        def run_node(self, n: Node) -> Any:
+            result = super().run_node(n)
+            return comparison.forced(n, result) if str(n.target) == QUANTIZE else result
+
+    with torch.no_grad():
+        return Walk(module).run(*map(torch.from_numpy, inputs))
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """The file's tensors by size."""
+
+    by_size: dict[int, list[tuple[Step, Array]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, steps: Sequence[Step]) -> _Tensors:
+        made = cls()
+        for step in steps:
+            for array in step.outputs.values():
+                made.by_size.setdefault(array.size, []).append((step, array))
+        return made
+
+    def shaped(self, shape: tuple[int, ...]) -> Iterator[tuple[Step, Array]]:
+        """Tensors that can be laid out in this shape, in each layout that does."""
+        for step, array in self.by_size.get(int(np.prod(shape)), ()):
+            seen = False
+            for view in views(array):
+                if view.shape == shape:
+                    yield step, view
+                    seen = True
+            if not seen and _squeezed(array.shape) == _squeezed(shape):
+                yield step, array.reshape(shape)
+
+
+@dataclass
+class _Comparison:
+    file: _Tensors
+    found: Stepwise = field(default_factory=Stepwise)
+
+    def forced(self, node: Node, computed: Tensor) -> Tensor:
+        """The file's integers where it has them; notes a fault where all it has of that size is something else."""
+        import torch
+
+        wanted, (scale, zero) = computed.numpy(), map(float, node.args[1:3])  # type: ignore[arg-type]
+        nearest = None if self.found.fault is not None else self._nearest(wanted, scale, zero)
+        if nearest is None:
+            self.found.absent += self.found.fault is None
+            return computed
+        step, whole = nearest
+        apart = np.abs(whole.astype(np.int32) - wanted)
+        share = float((apart > 0).mean())
+        if apart.max(initial=0) > 1 or (share > STEP_SHARE and (apart > 0).sum() > 1):
+            error = float(apart.max()) / float(np.abs(wanted.astype(np.int32) - zero).max(initial=1))
+            self.found.fault = describe(node.all_input_nodes[0], _name(step), error)
+            return computed
+        self.found.compared += 1
+        self.found.worst_share = max(self.found.worst_share, share)
+        return torch.from_numpy(np.ascontiguousarray(whole))
+
+    def _nearest(self, wanted: Array, scale: float, zero: float) -> tuple[Step, Array] | None:
+        """The tensor of the file whose integers are nearest, None where none of that size is on this grid."""
+        found = []
+        for step, array in self.file.shaped(wanted.shape):
+            whole = _integers(array, wanted.dtype, scale, zero)
+            if whole is not None:
+                found.append((float(np.abs(whole.astype(np.int32) - wanted).mean()), step, whole))
+        return min(found, key=lambda entry: entry[0])[1:] if found else None
+
+
+def _integers(array: Array, kind: np.dtype[Any], scale: float, zero: float) -> Array | None:
+    """A tensor of the file as the integers it stands for; None where it is on another grid."""
+    if array.dtype == kind:
+        return array
+    if array.dtype.kind != "f":
+        return None
+    steps = array.astype(np.float64) / scale + zero
+    whole = np.rint(steps)
+    limits = np.iinfo(kind)
+    if np.abs(steps - whole).max(initial=0.0) > ON_GRID or whole.min() < limits.min or whole.max() > limits.max:
+        return None
+    return whole.astype(kind)
+
+
+def _outputs_fault(module: GraphModule, results: Any, file: _Tensors) -> Divergence | None:
+    import torch
+
+    (last,) = module.graph.find_nodes(op="output")
+    values = results if isinstance(results, (tuple, list)) else [results]
+    for node, value in zip(last.all_input_nodes, values, strict=False):
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+            continue
+        wanted = value.numpy()
+        errors = {max_relative(array, wanted): step for step, array in file.shaped(wanted.shape)}
+        if errors and min(errors) > FLOAT_LIMIT:
+            return describe(node, _name(errors[min(errors)]), min(errors))
+    return None
+
+
+def _name(step: Step) -> str:
+    return f"{step.operator} {step.name!r}" if step.name else step.operator
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
