@@ -28,7 +28,8 @@ from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, desc
 from edgepack.contracts import Contender, Exporter, Runtime, Settings, TensorSpec
 from edgepack.devices.host import Host
 from edgepack.export._tflite_form import quiet
-from edgepack.graph import capture, run_graph, with_front
+from edgepack.front import with_front
+from edgepack.graph import capture, run_graph
 from edgepack.plan import Plan
 from edgepack.task import Input, Task
 from edgepack.versions import versions

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from edgepack.graph import capture, example_inputs
+from edgepack.graph import capture
+from edgepack.tracing import example_inputs
 
 if TYPE_CHECKING:
     from edgepack.task import Task

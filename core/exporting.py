@@ -18,7 +18,8 @@ from edgepack.collector import without_collection
 from edgepack.compressing import BASELINE, COMPRESSED
 from edgepack.contracts import FLOAT_LIMIT, INTEGERS, Exporter, Graph, Preprocessing, TensorSpec
 from edgepack.errors import DeviceError, EdgepackError, InputError, IntegrityError, MissingExtra, StepError, Unsupported
-from edgepack.graph import load_graph, nudged, run_graph, to_front, with_front
+from edgepack.front import to_front, with_front
+from edgepack.graph import load_graph, nudged, run_graph
 from edgepack.parity import least_db, max_relative, runtime_for
 from edgepack.plan import Plan
 from edgepack.progress import Progress

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgepack.contracts import Graph, TensorSpec
-from edgepack.graph import caller, to_front
+from edgepack.front import to_front
+from edgepack.graph import caller
 from edgepack.progress import Progress
 from edgepack.samples import Array, compute
 

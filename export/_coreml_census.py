@@ -12,7 +12,7 @@ import numpy as np
 from edgepack.contents import key
 from edgepack.contracts import Census
 from edgepack.errors import require
-from edgepack.export._coreml_form import quiet
+from edgepack.silence import silence
 
 TYPES = {"fp16": "float16", "fp32": "float32", "bool": "bool"}
 
@@ -23,7 +23,7 @@ def census(package: Path, half: bool) -> Census:
     Args:
         half: note the operators that stayed float32.
     """
-    with quiet():
+    with silence():
         reader = require("coremltools.converters.mil.frontend.milproto.load", "coreml")
         spec = require("coremltools.models.utils", "coreml").load_spec(str(package))
         folder = package / "Data" / "com.apple.CoreML" / "weights"

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import logging
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +14,7 @@ from edgepack.errors import Unsupported, require
 from edgepack.export._coreml_half import exact
 from edgepack.export._coreml_program import spelled_out
 from edgepack.graph import recapture
+from edgepack.silence import silence
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +33,7 @@ def convert(graph: Graph, package: Path, target: str, half: bool) -> None:
         Unsupported: an operator has no Core ML form; names it.
     """
     planar = _planar(graph)
-    with quiet():
+    with silence():  # coremltools draws progress bars and says which versions it was tested with
         ct = require("coremltools", "coreml")
         pipeline = ct.PassPipeline.DEFAULT
         if half:
@@ -55,20 +51,6 @@ def convert(graph: Graph, package: Path, target: str, half: bool) -> None:
             )
         except FAILURES as error:
             raise Unsupported(_reason(error), "export to another format, or replace the operator") from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """coremltools draws progress bars and says which versions it was tested with."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    sink = io.StringIO()
-    try:
-        with warnings.catch_warnings(), redirect_stdout(sink), redirect_stderr(sink):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def _half_precision(ct: Any) -> Any:

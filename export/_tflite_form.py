@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,8 @@ from edgepack.collector import without_collection
 from edgepack.contracts import Graph
 from edgepack.errors import Unsupported, require
 from edgepack.export._tflite_rewrite import rewrite
-from edgepack.graph import example_inputs
+from edgepack.silence import unlogged
+from edgepack.tracing import example_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -121,10 +121,7 @@ def quiet() -> Iterator[None]:
 
     Progress goes on: what this process itself writes to ``sys.stderr`` is still seen.
     """
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    with ExitStack() as stack, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with ExitStack() as stack, unlogged():
         sink: Any = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123
         stack.enter_context(redirect_stdout(sink))
         for channel in (1, 2):
@@ -137,10 +134,7 @@ def quiet() -> Iterator[None]:
                 spoken: Any = stack.enter_context(open(kept, "w", closefd=False, encoding="utf-8"))
                 stack.enter_context(redirect_stderr(spoken))
                 stack.callback(_release, spoken)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
+        yield
 
 
 def _release(stream: Any) -> None:

@@ -8,10 +8,7 @@ rounded to 16 bits after every operator when asked.
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from torch import Tensor
 from edgepack.errors import Unsupported, nearest, require
 from edgepack.runtimes import _mil_images, _mil_indexing, _mil_layers, _mil_math, _mil_recurrent, _mil_shapes
 from edgepack.runtimes._mil_constants import CONSTANTS
+from edgepack.silence import unlogged
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     name: function
@@ -127,25 +125,12 @@ class Program:
 
 def read(package: Path) -> Any:
     """The main function of a saved package, as coremltools' MIL."""
-    with quiet():
+    with unlogged():  # coremltools says on import which versions it was tested with, and that it is not on a Mac
         reader = require("coremltools.converters.mil.frontend.milproto.load", "coreml-run")
         spec = require("coremltools.models.utils", "coreml-run").load_spec(str(package))
         weights = package / "Data" / "com.apple.CoreML" / "weights"
         program = reader.load(spec, specification_version=spec.specificationVersion, file_weights_dir=str(weights))
     return program.functions["main"]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """coremltools says on import which versions it was tested with, and that it is not on a Mac."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def is_constant(operator: Any) -> bool:

@@ -20,7 +20,8 @@ from edgepack.artifact import Artifact, Manifest, describe_files  # noqa: E402
 from edgepack.contracts import Census, Exporter, Graph, Runtime, TensorSpec  # noqa: E402
 from edgepack.errors import DeviceError, InputError, MissingExtra, Unsupported  # noqa: E402
 from edgepack.export._coreml_package import feature_names  # noqa: E402
-from edgepack.graph import capture, run_graph, with_front  # noqa: E402
+from edgepack.front import with_front  # noqa: E402
+from edgepack.graph import capture, run_graph  # noqa: E402
 from edgepack.parity import max_relative  # noqa: E402
 from edgepack.plan import Plan  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402

@@ -15,11 +15,11 @@ from torch import nn  # noqa: E402
 
 from edgepack import parts  # noqa: E402
 from edgepack.contracts import Exporter  # noqa: E402
-from edgepack.export._coreml_form import quiet  # noqa: E402
 from edgepack.graph import capture  # noqa: E402
 from edgepack.plan import Plan  # noqa: E402
 from edgepack.runtimes import _mil  # noqa: E402
 from edgepack.runtimes import _mil_constants as stored  # noqa: E402
+from edgepack.silence import silence  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402
 
 
@@ -68,7 +68,7 @@ def compressed(package: Path, steps, folder: Path):
     import coremltools as ct
     import coremltools.optimize.coreml as cto
 
-    with quiet():
+    with silence():
         model = ct.models.MLModel(str(package), skip_model_load=True)
         for place, (compress, config) in enumerate(steps):
             more = {"joint_compression": True} if place else {}

@@ -31,7 +31,8 @@ from edgepack.contracts import Exporter  # noqa: E402
 from edgepack.deploy import _sources  # noqa: E402
 from edgepack.deploy.linux import Linux  # noqa: E402
 from edgepack.errors import InputError, MissingExtra, ParityError, Unsupported  # noqa: E402
-from edgepack.graph import capture, run_graph, with_front  # noqa: E402
+from edgepack.front import with_front  # noqa: E402
+from edgepack.graph import capture, run_graph  # noqa: E402
 from edgepack.plan import Plan  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402
 

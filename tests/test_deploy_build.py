@@ -23,7 +23,8 @@ from edgepack import parts  # noqa: E402
 from edgepack.artifact import Artifact, Golden, Manifest, Parity, describe_files  # noqa: E402
 from edgepack.contracts import Exporter, Graph  # noqa: E402
 from edgepack.deploy.linux import Linux  # noqa: E402
-from edgepack.graph import capture, run_graph, with_front  # noqa: E402
+from edgepack.front import with_front  # noqa: E402
+from edgepack.graph import capture, run_graph  # noqa: E402
 from edgepack.images import Folder  # noqa: E402
 from edgepack.plan import Plan  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402

@@ -21,7 +21,8 @@ from edgepack.artifact import Artifact, Manifest, describe_files  # noqa: E402
 from edgepack.contracts import Census, Exporter, Graph, Runtime  # noqa: E402
 from edgepack.errors import InputError, Unsupported  # noqa: E402
 from edgepack.export._dialects import SMALL, exact_half, half_weights, lower_float  # noqa: E402
-from edgepack.graph import capture, run_graph, with_front  # noqa: E402
+from edgepack.front import with_front  # noqa: E402
+from edgepack.graph import capture, run_graph  # noqa: E402
 from edgepack.plan import Plan  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402
 

@@ -13,7 +13,8 @@ from torch import nn
 from edgepack.artifact import Manifest
 from edgepack.contracts import Graph
 from edgepack.errors import EdgepackError, InputError, Unsupported
-from edgepack.graph import capture, fixed_batch, load_graph, recapture, run_graph, run_module, save_graph, with_front
+from edgepack.front import with_front
+from edgepack.graph import capture, fixed_batch, load_graph, recapture, run_graph, run_module, save_graph
 from edgepack.task import Input, Task
 
 

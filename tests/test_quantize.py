@@ -22,7 +22,8 @@ from edgepack.compress.quantize import Quantize  # noqa: E402
 from edgepack.compressing import PassRun  # noqa: E402
 from edgepack.data import Batch  # noqa: E402
 from edgepack.errors import EdgepackError, InputError, Unsupported  # noqa: E402
-from edgepack.graph import capture, run_graph, with_front  # noqa: E402
+from edgepack.front import with_front  # noqa: E402
+from edgepack.graph import capture, run_graph  # noqa: E402
 from edgepack.plan import Plan  # noqa: E402
 from edgepack.progress import Silent  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402

@@ -23,7 +23,8 @@ from edgepack.contracts import (  # noqa: E402
     Runtime,
 )
 from edgepack.errors import Unsupported  # noqa: E402
-from edgepack.graph import capture, run_graph, with_front  # noqa: E402
+from edgepack.front import with_front  # noqa: E402
+from edgepack.graph import capture, run_graph  # noqa: E402
 from edgepack.parity import max_relative  # noqa: E402
 from edgepack.plan import Plan  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402
