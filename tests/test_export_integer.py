@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +15,10 @@ pytest.importorskip("onnxruntime")
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from _samples import Samples  # noqa: E402
 from edgepack.artifact import Artifact, Manifest, describe_files  # noqa: E402
 from edgepack.compress.quantize import Quantize  # noqa: E402
 from edgepack.compressing import compress  # noqa: E402
-from edgepack.data import Batch  # noqa: E402
 from edgepack.errors import InputError, ParityError  # noqa: E402
 from edgepack.export._onnx_integer import ONNX_RUNTIME  # noqa: E402
 from edgepack.export._qdq import planned_integer, quantized  # noqa: E402
@@ -33,21 +32,6 @@ from edgepack.progress import Silent  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
-
-
-class Samples:
-    labels: tuple[str, ...] = ()
-
-    def __init__(self, values: np.ndarray) -> None:
-        self.values = values
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def batches(self, size: int) -> Any:
-        for start in range(0, len(self), size):
-            part = {"x": self.values[start : start + size]}
-            yield Batch(part, part, None)
 
 
 class Residual(nn.Module):

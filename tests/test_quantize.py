@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
+from _samples import Samples  # noqa: E402
 from edgepack.compress._equalize import equalize, pairs  # noqa: E402
 from edgepack.compress._graph import GraphView  # noqa: E402
 from edgepack.compress._grid import TOP, round_to, weight_scale  # noqa: E402
@@ -27,23 +28,6 @@ from edgepack.graph import capture, run_graph  # noqa: E402
 from edgepack.plan import Plan  # noqa: E402
 from edgepack.progress import Silent  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402
-
-
-class Samples:
-    """Arrays as calibration data, remembering the largest batch that was asked for."""
-
-    labels: tuple[str, ...] = ()
-
-    def __init__(self, values: np.ndarray) -> None:
-        self.values = values
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def batches(self, size: int) -> Iterator[Batch]:
-        for start in range(0, len(self), size):
-            part = {"x": self.values[start : start + size]}
-            yield Batch(part, part, None)
 
 
 def network() -> nn.Module:
