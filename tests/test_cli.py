@@ -8,32 +8,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from edgepack import _console, cli, errors, pipeline, recipe
 
+if TYPE_CHECKING:
+    from conftest import Run
+
 VERBS = ("init", "compress", "export", "run", "profile", "compare", "verify", "deploy", "report", "list", "doctor")
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def edgepack(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run one command line in this process: exit status, stdout, stderr."""
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        _console.screen.cache_clear()
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(word) for word in words])
-        found = capfd.readouterr()
-        return int(stop.value.code or 0), found.out, found.err
-
-    return run
 
 
 @pytest.fixture

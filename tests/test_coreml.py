@@ -15,6 +15,7 @@ pytest.importorskip("coremltools", reason="pip install 'edgepack[coreml]'")
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
+from _networks import resnet20  # noqa: E402
 from edgepack import contents, parts  # noqa: E402
 from edgepack.artifact import Artifact, Manifest, describe_files  # noqa: E402
 from edgepack.contracts import Census, Exporter, Graph, Runtime, TensorSpec  # noqa: E402
@@ -225,33 +226,6 @@ def test_a_damaged_file_is_no_traceback(tied, tmp_path, name):
         runtime_of().load(Artifact.open(place))
 
 
-class Resnet20(nn.Module):
-    """Plain ResNet-20 for 32 x 32 images, shortcuts without parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = self._unit(3, 16, 1)
-        plan = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)] + [(64, 64, 1)] * 2
-        self.blocks = nn.ModuleList(
-            nn.Sequential(self._unit(i, o, s), nn.ReLU(), self._unit(o, o, 1)) for i, o, s in plan
-        )
-        self.linear = nn.Linear(64, 10)
-
-    @staticmethod
-    def _unit(inside: int, outside: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(self.stem(x))
-        for block in self.blocks:
-            y, short = block(x), x
-            if y.shape[1] != x.shape[1]:
-                extra = (y.shape[1] - x.shape[1]) // 2
-                short = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, extra, extra))
-            x = torch.relu(y + short)
-        return self.linear(x.mean((2, 3)))
-
-
 FLOAT_BYTES = 269_722 * 4
 
 
@@ -259,7 +233,7 @@ FLOAT_BYTES = 269_722 * 4
 def resnet() -> Graph:
     torch.manual_seed(0)
     image = Input("image", (1, 3, 32, 32), mean=(0.5, 0.4, 0.6), std=(0.2, 0.3, 0.2), scale=255.0)
-    return capture(Resnet20().eval(), Task(inputs=(image,), labels=(*"abcdefghi", "köter")))
+    return capture(resnet20().eval(), Task(inputs=(image,), labels=(*"abcdefghi", "köter")))
 
 
 def test_packages_are_small(tmp_path, resnet):

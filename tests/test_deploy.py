@@ -9,11 +9,10 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ pytest.importorskip("openvino", reason="pip install 'edgepack[openvino]'")
 
 from torch import nn  # noqa: E402
 
-from edgepack import _console, api, cli, packaging, parts  # noqa: E402
+from edgepack import api, packaging, parts  # noqa: E402
 from edgepack.artifact import Artifact, Golden, Manifest, Parity, describe_files  # noqa: E402
 from edgepack.contracts import Exporter  # noqa: E402
 from edgepack.deploy import _sources  # noqa: E402
@@ -36,9 +35,11 @@ from edgepack.graph import capture, run_graph  # noqa: E402
 from edgepack.plan import Plan  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402
 
+if TYPE_CHECKING:
+    from conftest import Run
+
 ROOT = Path(__file__).parent.parent
 PICTURE = Input("picture", (1, 3, 10, 12), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), scale=255, resize=13)
-Run = Callable[..., tuple[int, str, str]]
 
 
 class Classes(nn.Module):
@@ -89,19 +90,6 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def out(artifacts: Path, tmp_path: Path) -> Path:
     """The same, to spoil."""
     return Path(shutil.copytree(artifacts, tmp_path / "out"))
-
-
-@pytest.fixture
-def edgepack(capfd: pytest.CaptureFixture[str]) -> Run:
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        _console.screen.cache_clear()
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(word) for word in words])
-        found = capfd.readouterr()
-        return int(stop.value.code or 0), found.out, found.err
-
-    return run
 
 
 def packaged(folder: Path, place: Path, **options: Any) -> tuple[Path, dict[str, Any]]:

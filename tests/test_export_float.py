@@ -16,6 +16,7 @@ ov = pytest.importorskip("openvino", reason="pip install 'edgepack[openvino]'")
 
 from torch import nn  # noqa: E402
 
+from _networks import Pair, resnet20  # noqa: E402
 from edgepack import parts  # noqa: E402
 from edgepack.artifact import Artifact, Manifest, describe_files  # noqa: E402
 from edgepack.contracts import Census, Exporter, Graph, Runtime  # noqa: E402
@@ -66,16 +67,6 @@ class Enlarge(nn.Module):
         mean = y.mean((2, 3), keepdim=True)
         spread = (y - mean).pow(2).mean((2, 3), keepdim=True).pow(0.5)
         return nn.functional.pixel_shuffle(self.last(y * torch.sigmoid(self.gate(mean + spread)) + x), 2)
-
-
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.linear, self.out = nn.Embedding(50, 16), nn.Linear(8, 16), nn.Linear(16, 3)
-
-    def forward(self, ids: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = torch.relu(self.words(ids).mean(1) + self.linear(x))
-        return self.out(hidden), hidden.argmax(1)
 
 
 class Recurrent(nn.Module):
@@ -244,37 +235,10 @@ def test_an_operator_without_a_form_is_named(tmp_path, format_name, form, capfd)
     assert capfd.readouterr() == ("", "")
 
 
-class Resnet20(nn.Module):
-    """Plain ResNet-20 for 32 x 32 images, shortcuts without parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = self._unit(3, 16, 1)
-        plan = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)] + [(64, 64, 1)] * 2
-        self.blocks = nn.ModuleList(
-            nn.Sequential(self._unit(i, o, s), nn.ReLU(), self._unit(o, o, 1)) for i, o, s in plan
-        )
-        self.linear = nn.Linear(64, 10)
-
-    @staticmethod
-    def _unit(inside: int, outside: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(self.stem(x))
-        for block in self.blocks:
-            y, short = block(x), x
-            if y.shape[1] != x.shape[1]:
-                extra = (y.shape[1] - x.shape[1]) // 2
-                short = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, extra, extra))
-            x = torch.relu(y + short)
-        return self.linear(x.mean((2, 3)))
-
-
 @pytest.fixture(scope="module")
 def resnet() -> Graph:
     torch.manual_seed(0)
-    return capture(Resnet20().eval(), Task(inputs=(Input("x", (1, 3, 32, 32)),)))
+    return capture(resnet20().eval(), Task(inputs=(Input("x", (1, 3, 32, 32)),)))
 
 
 FLOAT_BYTES = 269_722 * 4

@@ -17,6 +17,7 @@ from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.nn.modules.batchnorm import _BatchNorm  # noqa: E402
 
+from _networks import resnet20  # noqa: E402
 from edgepack.compress.fold import Fold  # noqa: E402
 from edgepack.errors import InputError, ParityError  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402
@@ -529,42 +530,10 @@ def test_resnet20_with_its_trained_weights() -> None:
         pytest.skip("the trained weights are not there")
     from safetensors.torch import load_file
 
-    module = ResNet20()
+    module = resnet20()
     module.load_state_dict(load_file(SHARED / "resnet20_cifar10.safetensors"))
     notes = check(module.eval(), 1, 3, 32, 32)
     assert "folded 19 batch norms, left 0" in notes.text
-
-
-class Block(nn.Module):
-    def __init__(self, inner: int, outer: int) -> None:
-        super().__init__()
-        self.stride = outer // inner
-        self.conv1 = nn.Conv2d(inner, outer, 3, stride=self.stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outer)
-        self.conv2 = nn.Conv2d(outer, outer, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outer)
-
-    def forward(self, x: Any) -> Any:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride != 1:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, x.shape[1] // 2, x.shape[1] // 2))
-        return F.relu(x + y)
-
-
-class ResNet20(nn.Module):
-    """He et al., CIFAR-10 variant with parameter-free shortcuts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*(Block(16, 16) for _ in range(3)))
-        self.layer2 = nn.Sequential(Block(16, 32), Block(32, 32), Block(32, 32))
-        self.layer3 = nn.Sequential(Block(32, 64), Block(64, 64), Block(64, 64))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: Any) -> Any:
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
-        return self.linear(x.mean((2, 3)))
 
 
 ZOO = {

@@ -20,6 +20,7 @@ schema = pytest.importorskip("ai_edge_litert.schema_py_generated", reason="pip i
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
+from _networks import Pair  # noqa: E402
 from edgepack import parts  # noqa: E402
 from edgepack.artifact import Artifact, Manifest, describe_files  # noqa: E402
 from edgepack.contracts import Census, Exporter, Graph, Runtime  # noqa: E402
@@ -44,16 +45,6 @@ class Network(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.function(*self.layers, x)
-
-
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.linear, self.out = nn.Embedding(50, 16), nn.Linear(8, 16), nn.Linear(16, 3)
-
-    def forward(self, ids: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = torch.relu(self.words(ids).mean(1) + self.linear(x))
-        return self.out(hidden), hidden.argmax(1)
 
 
 class Normed(nn.Module):
