@@ -29,7 +29,7 @@ from edgepack.samples import Array
 from edgepack.versions import versions
 
 if TYPE_CHECKING:
-    from edgepack.recipe import Budget
+    from edgepack.sheet import Budget
     from edgepack.task import Task
 
 PACKAGES = (

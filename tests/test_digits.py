@@ -16,6 +16,7 @@ import pytest
 from edgepack import recipe, usercode
 from edgepack.data import open_data
 from edgepack.metrics import find
+from edgepack.sheet import Sheet
 from edgepack.task import Input
 
 PACKAGE = Path(str(importlib.resources.files("edgepack")))
@@ -73,9 +74,9 @@ def test_recipe_is_valid() -> None:
 
 def test_template_is_valid_and_its_options_exist() -> None:
     lines = TEMPLATE.read_text(encoding="utf-8")
-    recipe.Sheet.model_validate(tomllib.loads(lines))
+    Sheet.model_validate(tomllib.loads(lines))
     on = [line.removeprefix("# ") for line in lines.splitlines() if line.startswith(("# [budget", "# score", "# size"))]
-    recipe.Sheet.model_validate(tomllib.loads(lines + "\n".join(on)))
+    Sheet.model_validate(tomllib.loads(lines + "\n".join(on)))
     assert max(map(len, lines.splitlines())) <= 120
 
 
