@@ -14,7 +14,7 @@ from edgepack.errors import InputError
 from edgepack.recipe import build_with
 
 if TYPE_CHECKING:
-    from edgepack.cli import Call
+    from edgepack._verbs import Call
     from edgepack.packaging import PackageResult
 
 SECTION = "deploy"
