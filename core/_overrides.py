@@ -22,6 +22,11 @@ def override_in(table: Table, override: str) -> None:
     place: Any = table
     for word in path:
         place = _step(place, word, override)
+    if isinstance(place, list):
+        raise InputError(
+            f"--set {override!r}: {'.'.join(path)!r} is a list; what can be set is an option of an entry",
+            f"--set {key}.OPTION=VALUE",
+        )
     if not isinstance(place, dict):
         raise InputError(f"--set {override!r}: {'.'.join(path)!r} is not a table")
     place[last] = value

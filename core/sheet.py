@@ -125,12 +125,21 @@ def read_sheet(table: Table, problems: list[str]) -> Sheet | None:
     return sheet
 
 
-def message(item: Mapping[str, Any]) -> str:
-    """One of pydantic's errors as a clause."""
-    text = str(item["msg"]).removeprefix("Value error, ")
-    value = item.get("input")
-    shown = isinstance(value, str | int | float | bool) and item["type"] != "value_error"
-    return f"{text[0].lower()}{text[1:]}" + (f", not {value!r}" if shown else "")
+def message(item: Mapping[str, Any], key: str = "key") -> str:
+    """One of pydantic's errors as a clause; ``key`` is one that a section may have there."""
+    kind, value = item["type"], item.get("input")
+    if kind in ("list_type", "tuple_type"):
+        text = "expected a list in square brackets"
+    elif kind in ("dict_type", "model_type"):
+        text = f"expected a table {{{key if kind == 'model_type' else 'key'} = …}}"
+    else:
+        text = str(item["msg"]).removeprefix("Value error, ")
+        text = text[0].lower() + text[1:]
+    if isinstance(value, str | int | float | bool) and kind != "value_error":
+        return f"{text}, not {value!r}"
+    if isinstance(value, list | tuple | dict) and kind.endswith("_type"):
+        return f"{text}, not {'a table' if isinstance(value, dict) else 'a list'}"
+    return text
 
 
 def _problem(item: Mapping[str, Any]) -> str:
@@ -140,7 +149,7 @@ def _problem(item: Mapping[str, Any]) -> str:
         return f"{where}: unknown key, {nearest(str(key), _keys(path))}"
     if item["type"] == "missing":
         return f"{where}: missing"
-    return f"{where}: {message(item)}"
+    return f"{where}: {message(item, *_keys(item['loc'])[:1])}"
 
 
 def _keys(path: Sequence[str | int]) -> list[str]:

@@ -142,11 +142,32 @@ def test_overrides_reach_tables_and_list_entries(folder: Path) -> None:
         ("nonsense", "is not key=value"),
         ("compress.fodl.leave=[]", "no entry 'fodl'"),
         ("model.module.x=1", "is not a table"),
+        ("compress.fold={leave=['a']}", "'compress' is a list; what can be set is an option of an entry"),
     ],
 )
 def test_a_bad_override_is_wrong_input(folder: Path, override: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         recipe.load(folder, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "compress.fold.leave=('a', 'b')",
+            "compress.fold: leave: expected a list in square brackets, not \"('a', 'b')\"",
+        ),
+        ("compress.fold.leave={a=1}", "compress.fold: leave: expected a list in square brackets, not a table"),
+        ("task.input.shape=(1, 3)", "task.input.shape: expected a list in square brackets, not '(1, 3)'"),
+        ("compress={use='fold'}", "compress: expected a list in square brackets, not a table"),
+        ("export=['onnx']", "export.0: expected a table {key = …}, not 'onnx'"),
+        ("budget.size_ratio=[1]", "budget.size_ratio: input should be a valid number, not a list"),
+        ("task.input=[{shape=[1]}]", "task.input: expected a table {shape = …}, not a list"),
+        ("task.inputs=[{shape=[1]}]", "task.inputs: expected a table {key = …}, not a list"),
+    ],
+)
+def test_a_value_of_another_kind_is_named_as_recipes_write_it(folder: Path, override: str, message: str) -> None:
+    assert f"edgepack.toml: {message}" in problems(folder, GOOD, override)
 
 
 def test_an_override_that_fits_several_entries_lists_them(folder: Path) -> None:
