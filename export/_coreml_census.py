@@ -17,19 +17,25 @@ from edgepack.silence import silence
 TYPES = {"fp16": "float16", "fp32": "float32", "bool": "bool"}
 
 
-def census(package: Path, half: bool) -> Census:
-    """Read the package again and count.
-
-    Args:
-        half: note the operators that stayed float32.
-    """
+def read(package: Path) -> Any:
+    """The main function of a saved package, in coremltools' words."""
     with silence():
         reader = require("coremltools.converters.mil.frontend.milproto.load", "coreml")
         spec = require("coremltools.models.utils", "coreml").load_spec(str(package))
         folder = package / "Data" / "com.apple.CoreML" / "weights"
         program = reader.load(spec, specification_version=spec.specificationVersion, file_weights_dir=str(folder))
+    return program.functions["main"]
+
+
+def census(function: Any, half: bool) -> Census:
+    """Count what lies in a package.
+
+    Args:
+        function: its main function.
+        half: note the operators that stayed float32.
+    """
     operators, weights, contents, wide = Counter[str](), Counter[str](), [], 0
-    for operator in program.functions["main"].operations:
+    for operator in function.operations:
         if operator.op_type != "const":
             operators[operator.op_type] += 1
             wide += operator.op_type != "cast" and _is_wide(operator)

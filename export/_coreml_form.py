@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     import torch
     from torch.fx import GraphModule
 
-# They multiply constants into weights, which would move them off the 16-bit grid again.
-REWRITERS = ("common::fuse_conv_scale", "common::fuse_conv_batchnorm")
+# They multiply constants into weights and divide scales by each other, which would move them off the 16-bit grid again.
+REWRITERS = (
+    "common::fuse_conv_scale",
+    "common::fuse_conv_batchnorm",
+    "common::distributive_quantized_binary_op_scale_normalization",
+)
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 OUTPUTS = {"float32": np.float32, "float16": np.float16, "int32": np.int32, "int64": np.int32, "bool": np.float32}
 

@@ -26,7 +26,11 @@ def on_half_grid(graph: Graph) -> Graph:
     Raises:
         Unsupported: a weight is beyond the range of float16; names it.
     """
-    graph = half_weights(graph)
+    return round_constants(half_weights(graph))
+
+
+def round_constants(graph: Graph) -> Graph:
+    """Round every float constant on its own: none is multiplied into another, so integers stay integers."""
     module = graph.program.module(check_guards=False)
     _round_tensors(module)
     for node in module.graph.nodes:

@@ -42,6 +42,7 @@ class Dialect:
         every_output: weighted operators whose result must be quantized for the engine to compute in integers.
         signed: activations are integers from −128 to 127, not from 0 to 255.
         symmetric: 0 is the integer 0, and −128 is not used; signed only.
+        float_bias: biases stay float32; else they are int32.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Dialect:
     every_output: frozenset[str] = frozenset()
     signed: bool = False
     symmetric: bool = False
+    float_bias: bool = False
 
     @property
     def lowest(self) -> int:
@@ -159,6 +161,8 @@ class _Writer:
         for node in list(self.module.graph.nodes):
             if node not in self.names:
                 continue
+            if self._entry(node).get("activations") == "float":
+                continue
             if "weight" in self._entry(node):
                 self._mark_one(node.args[0], node)
                 if _word(node) in self.dialect.every_output:
@@ -172,7 +176,10 @@ class _Writer:
         """Whether a value is, or can be, the result of an integer operator or a rearrangement of one."""
         while _word(node) in PASSING and isinstance(node.args[0], type(node)) and node not in self.grids:
             node = node.args[0]
-        return node in self.grids or (node in self.names and "weight" in self._entry(node))
+        if node in self.grids:
+            return True
+        entry = self._entry(node) if node in self.names else {}
+        return "weight" in entry and entry.get("activations") != "float"
 
     def _mark_result(self, node: Node) -> None:
         behind = next(iter(node.users)) if len(node.users) == 1 else None
@@ -204,14 +211,14 @@ class _Writer:
 
     def _store(self, node: Node, pairs: Mapping[Node, Node], shared: dict[tuple[str, str], Node]) -> None:
         """Weight and bias of one operator as integers."""
-        source = next(before for before, after in pairs.items() if after is node.args[0])
         weight: Any = node.args[1]
         bias: Any = node.args[2] if len(node.args) > 2 else None
         scale = self.plan.tensors[f"{self.names[node]}/weight_scale"]
         where = str(weight.target)
         node.update_arg(1, self._integers(node, where, _on_grid(self._values(weight), scale, where), scale, shared))
-        if bias is None:
+        if bias is None or self.dialect.float_bias or self._entry(node).get("activations") == "float":
             return
+        source = next(before for before, after in pairs.items() if after is node.args[0])
         steps = (scale * np.float32(self.grids[source].step)).astype(np.float32)
         whole = np.rint(self._values(bias).astype(np.float64) / steps)
         if np.abs(whole).max(initial=0) > INT32:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from edgepack.artifact import reserve
 from edgepack.contracts import Census, Exporter, Graph
-from edgepack.export._dialects import refuse_plan
 from edgepack.graph import fixed_batch
 
 if TYPE_CHECKING:
@@ -22,12 +21,13 @@ TARGETS = ("iOS16", "iOS17", "iOS18")
 class Coreml(Exporter):
     """Write one ML Program (model.mlpackage) that takes one sample at a time.
 
-    With ``precision`` ``float16``, as Apple's devices compute: weights, biases and scalar constants are rounded to 16
-    bits, in the simulation as in the file, and operators work in float16. An operator with a constant that 16 bits
-    cannot hold (a mask of huge numbers, 1/255) stays float32 in the file, and the census says how many do. So the
-    file's constants equal the simulation's bit for bit, and the parity proof, which computes both in float32, checks
-    all of them; how Apple's engines round results is not part of it. With ``float32`` and ``plan``, weights and
-    arithmetic are float32.
+    Weights, biases and scalar constants are rounded to 16 bits, in the simulation as in the file, and operators work
+    in float16, as Apple's devices compute: the Neural Engine has no float32. What a plan of ``quantize`` holds are
+    bytes instead: int8 weights, one 16-bit scale per output channel, and activations that are rounded to 8 bits where
+    such an operator, or a sum of two of their results, reads them (iOS17 or later). An operator with a constant that
+    16 bits cannot hold (a mask of huge numbers, 1/255) stays float32 in the file, and the census says how many do. So
+    the file's constants equal the simulation's bit for bit, and the parity proof, which computes both in float32,
+    checks all of them; how Apple's engines round results is not part of it.
 
     With ``normalize``, image inputs of the package are Core ML images (what a camera or Vision gives: 8 bits, RGB or
     gray), and the normalization is part of the network. The artifact's own interface stays uint8 (1, H, W, C). Labels
@@ -41,37 +41,49 @@ class Coreml(Exporter):
     Attributes:
         largest: upper bound of dynamic axes; Core ML plans memory for it.
         target: oldest system that runs the package, ``iOS16`` to ``iOS18`` (macOS 13 to 15).
-        precision: ``float16`` (default), ``float32`` or ``plan``.
+        precision: ``plan`` (default): bytes where the plan has them, float16 elsewhere; ``float16`` or ``float32``
+            whatever the plan says.
+        activations: ``plan``, or ``float`` to take only the weights' bytes from a plan.
     """
 
     format: ClassVar[str] = "coreml"
 
-    precision: str = "float16"
     target: str = "iOS17"
+    activations: str = "plan"
     largest: int = 4096
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.target not in TARGETS:
             raise ValueError(f"target is one of {', '.join(TARGETS)}, not {self.target!r}")
+        if self.activations not in ("plan", "float"):
+            raise ValueError(f"activations is 'plan' or 'float', not {self.activations!r}")
         if self.largest < 1:
             raise ValueError(f"largest is at least 1, not {self.largest}")
 
     def lower(self, graph: Graph, plan: Plan) -> Graph:
-        from edgepack.export._coreml_half import on_half_grid
+        from edgepack.export._coreml_half import on_half_grid, round_constants
+        from edgepack.export._coreml_integer import simulated
 
-        refuse_plan(plan, self.format, self.precision)
         fixed = fixed_batch(graph)
-        return on_half_grid(fixed) if self.precision == "float16" else fixed
+        if self.precision == "float32":
+            return fixed
+        if self.precision == "float16" or not plan.nodes:
+            return replace(on_half_grid(fixed), dialect="float16")
+        simulation = simulated(fixed, plan, self.activations == "float", self.target)
+        return replace(round_constants(simulation), dialect=simulation.dialect)
 
     def write(self, simulation: Graph, folder: Path) -> Census:
-        from edgepack.export._coreml_census import census
+        from edgepack.export._coreml_census import census, read
         from edgepack.export._coreml_form import convert
+        from edgepack.export._coreml_integer import hold_integers
         from edgepack.export._coreml_package import finish
 
-        package = folder / MODEL
+        package, half = folder / MODEL, simulation.dialect != "float32"
         weights = simulation.program.state_dict.values()
-        reserve(folder, sum(weight.numel() * (2 if self.precision == "float16" else 4) for weight in weights))
-        convert(simulation, package, self.target, self.precision == "float16")
+        reserve(folder, sum(weight.numel() * min(weight.element_size(), 2 if half else 4) for weight in weights))
+        convert(simulation, package, self.target, half)
         finish(package, simulation, self.largest, describe=self.normalize)
-        return census(package, self.precision == "float16")
+        function = read(package)
+        hold_integers(function, simulation)
+        return census(function, half)

@@ -88,7 +88,7 @@ class Program:
             raise Unsupported(
                 f"the Core ML interpreter has no operator {', '.join(unknown)}", nearest(unknown[0], OPERATORS)
             )
-        constants = {name: _argument(value) for name, value in dense_constants(function).items()}
+        constants = {name: _argument(value) for name, value in dense_constants(function, exact=not rounds).items()}
         outputs = tuple(value.name for value in function.outputs)
         return cls(tuple(function.inputs), outputs, constants, _operators(found, outputs, constants), rounds)
 
@@ -137,18 +137,28 @@ def is_constant(operator: Any) -> bool:
     return str(operator.op_type).startswith("const")
 
 
-def dense_constants(function: Any) -> dict[str, Any]:
-    """Every constant of a MIL function by name, decompressed; arrays, NumPy scalars and strings."""
+def dense_constants(function: Any, exact: bool = False) -> dict[str, Any]:
+    """Every constant of a MIL function by name, decompressed; arrays, NumPy scalars and strings.
+
+    Args:
+        exact: decompress in float32 what the file decompresses in float16.
+    """
     dense: dict[str, Any] = {}
     for operator in function.operations:
         if operator.op_type == "const":
             dense[operator.outputs[0].name] = operator.outputs[0].val
         elif is_constant(operator):
             arguments = {name: dense[value.name] for name, value in operator.inputs.items()}
+            if exact:
+                arguments = {name: _widened(value) for name, value in arguments.items()}
             results = CONSTANTS[operator.op_type](**arguments)
             results = results if isinstance(results, tuple) else (results,)
             dense |= {output.name: value for output, value in zip(operator.outputs, results, strict=True)}
     return dense
+
+
+def _widened(value: Any) -> Any:
+    return value.astype(np.float32) if getattr(value, "dtype", None) == np.float16 else value
 
 
 def _argument(value: Any) -> Any:

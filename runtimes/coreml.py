@@ -65,7 +65,8 @@ class Coreml(Runtime):
 
     def limit(self, artifact: Artifact) -> float:
         """Apple's engines round each float16 result; the interpreter computes in float32."""
-        rounds = artifact.manifest.dialect == "float16" and (not self.interpreted or self.arithmetic == "float16")
+        half = artifact.manifest.dialect in ("float16", "w8")
+        rounds = half and (not self.interpreted or self.arithmetic == "float16")
         return HALF_LIMIT if rounds else super().limit(artifact)
 
     def load(self, artifact: Artifact, threads: int | None = None) -> Session:
