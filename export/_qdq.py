@@ -6,7 +6,7 @@ The simulation computes what the artifact must compute, and the artifact is writ
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,8 @@ class Dialect:
         signed: activations are integers from −128 to 127, not from 0 to 255.
         symmetric: 0 is the integer 0, and −128 is not used; signed only.
         float_bias: biases stay float32; else they are int32.
+        slow: whether the engine computes a weighted operator faster in float than in integers, by measurement; such
+            operators stay float.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Dialect:
     signed: bool = False
     symmetric: bool = False
     float_bias: bool = False
+    slow: Callable[[Node], bool] = lambda node: False
 
     @property
     def lowest(self) -> int:
@@ -151,7 +154,12 @@ class _Writer:
             self._store(node, pairs, shared)
 
     def _weighted(self) -> list[Node]:
-        return [node for node in self.names if "weight" in self._entry(node)]
+        return [node for node in self.names if "weight" in self._entry(node) and not self.dialect.slow(node)]
+
+    def _computed(self, node: Node) -> bool:
+        """Whether an operator with weights is computed in integers."""
+        entry = self._entry(node)
+        return "weight" in entry and entry.get("activations") != "float" and not self.dialect.slow(node)
 
     def _entry(self, node: Node) -> Mapping[str, Any]:
         return self.plan.nodes[self.names[node]]
@@ -163,7 +171,7 @@ class _Writer:
                 continue
             if self._entry(node).get("activations") == "float":
                 continue
-            if "weight" in self._entry(node):
+            if self._computed(node):
                 self._mark_one(node.args[0], node)
                 if _word(node) in self.dialect.every_output:
                     self._mark_result(node)
@@ -176,10 +184,7 @@ class _Writer:
         """Whether a value is, or can be, the result of an integer operator or a rearrangement of one."""
         while _word(node) in PASSING and isinstance(node.args[0], type(node)) and node not in self.grids:
             node = node.args[0]
-        if node in self.grids:
-            return True
-        entry = self._entry(node) if node in self.names else {}
-        return "weight" in entry and entry.get("activations") != "float"
+        return node in self.grids or (node in self.names and self._computed(node))
 
     def _mark_result(self, node: Node) -> None:
         behind = next(iter(node.users)) if len(node.users) == 1 else None

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:F
 class Residual(nn.Module):
     """Everything the dialects know: strides, depthwise, a residual sum, a leaky ReLU, a concatenation, a pad."""
 
-    def __init__(self, leak: float = 0.1, width: int = 8, fused: bool = True) -> None:
+    def __init__(self, leak: float = 0.1, width: int = 16, fused: bool = True) -> None:
         super().__init__()
         self.first, self.norm = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
         self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
@@ -75,14 +75,15 @@ def test_onnx_file_holds_integers_and_onnx_runtime_runs_them(made: tuple[Path, S
     assert manifest.dialect == "u8s8"
     assert manifest.parity.status == "checked"
     assert manifest.census is not None
-    assert manifest.census["weight_bytes"]["int8"] > 3 * 8 * 9
-    assert "3 QLinearConv" in manifest.census["notes"][0]
+    assert manifest.census["weight_bytes"]["int8"] > 16 * 9 + 16 * 16
+    assert "2 QLinearConv" in manifest.census["notes"][0]
     assert "1 QGemm" in manifest.census["notes"][0]
     assert "1 QLinearAdd" in manifest.census["notes"][0]
     assert "1 QLinearLeakyRelu" in manifest.census["notes"][0]
+    assert "in float, where they are faster: 1 Conv" in manifest.census["notes"][0]
     model = onnx.load(artifact.file(".onnx"))
     large = [tensor for tensor in model.graph.initializer if np.prod(tensor.dims) >= 64]
-    assert {tensor.data_type for tensor in large} == {onnx.TensorProto.INT8}
+    assert sorted(tensor.data_type for tensor in large) == [onnx.TensorProto.FLOAT, *[onnx.TensorProto.INT8] * 3]
 
 
 def test_openvino_reads_integer_weights(made: tuple[Path, Source]) -> None:
@@ -91,7 +92,7 @@ def test_openvino_reads_integer_weights(made: tuple[Path, Source]) -> None:
     assert artifact.manifest.dialect == "u8s8-openvino"
     assert artifact.manifest.parity.status == "checked"
     assert artifact.manifest.census is not None
-    assert artifact.manifest.census["weight_bytes"]["int8"] > 3 * 8 * 9
+    assert artifact.manifest.census["weight_bytes"]["int8"] > 16 * 9 + 16 * 16
 
 
 @pytest.mark.parametrize("exporter", [Onnx(name="front", layout="NHWC"), Onnx(name="plain", precision="float32")])
@@ -106,7 +107,7 @@ def test_other_interfaces_of_the_same_plan(made: tuple[Path, Source], exporter: 
 @given(
     seed=st.integers(0, 1000),
     leak=st.sampled_from([0.01, 0.1, 0.25, 0.5]),
-    width=st.integers(1, 9),
+    width=st.sampled_from([1, 3, 8, 16, 17]),
     fused=st.booleans(),
 )
 def test_file_computes_its_simulation(
@@ -116,10 +117,11 @@ def test_file_computes_its_simulation(
     torch.manual_seed(seed)
     folder = tmp_path_factory.mktemp("random")
     made = source(folder, Residual(leak, width, fused), seed)
-    assert sum(planned_integer(quantized(made.graph, made.plan, ONNX_RUNTIME)).values()) == 4
+    found = planned_integer(quantized(made.graph, made.plan, ONNX_RUNTIME))
+    assert sum(found.values()) == (3 if width >= 16 else 2 if width > 4 else 1)
     artifact = export(folder, [Onnx()], Silent())[0].artifact
-    found = artifact.manifest.parity
-    assert found.sqnr_db is None or found.sqnr_db > 40
+    parity = artifact.manifest.parity
+    assert parity.sqnr_db is None or parity.sqnr_db > 40
 
 
 def test_simulation_is_near_the_float_network(made: tuple[Path, Source]) -> None:
@@ -151,7 +153,7 @@ def test_a_planned_operator_that_is_float_in_the_file_is_an_error(made: tuple[Pa
     source = made[1]
     simulation = quantized(source.graph, source.plan, ONNX_RUNTIME)
     Onnx().write(source.graph, tmp_path)
-    with pytest.raises(ParityError, match="has 0 operators with int8 weights, 4 were planned"):
+    with pytest.raises(ParityError, match="has 0 operators with int8 weights, 3 were planned"):
         hold_integers(tmp_path / "model.onnx", simulation)
 
 
