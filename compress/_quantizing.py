@@ -20,6 +20,7 @@ from edgepack.compress._norms import fold_norms
 from edgepack.compress._observe import observe_channels, observe_ends, observe_histograms
 from edgepack.compress._operators import WEIGHTED, aten, floating, only_reader, passes, slope, word
 from edgepack.compress._ranges import METHODS, Histogram
+from edgepack.compress._sensitivity import Sensitivity, remember, sentences
 from edgepack.errors import InputError, Unsupported
 from edgepack.graph import capture
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from edgepack.contracts import Graph, Run
     from edgepack.task import Task
 
+OTHERS = ("minmax", "percentile")  # read from a histogram in no time
 BIAS_STEPS = 2.0**26  # a bias is at most this many steps of its 32-bit grid
 Range = tuple[float, float]
 
@@ -40,6 +42,7 @@ class Quantizing:
     task: Task
     run_: Run
     left: dict[str, str] = field(default_factory=dict)
+    seen: dict[str, Histogram] = field(default_factory=dict)
 
     def run(self, module: nn.Module) -> nn.Module:
         module = self._fold(module)
@@ -52,6 +55,7 @@ class Quantizing:
         inputs = sample(graph, self.task)
         means = channel_means(graph.program.module(check_guards=False), inputs, _axes(graph))
         scales, weights = self._scales(module, graph, ranges)
+        before = remember(graph, _parameters(module, graph), scales) if self.options.explain else {}
         biases = _biases(graph, _parameters(module, graph), scales) if self.options.bias_correct else {}
         correction = Correction(
             graph.program.module(check_guards=False), means, biases, _fake(ranges, _inputs(graph)),
@@ -63,8 +67,22 @@ class Quantizing:
             self.run_.note(
                 f"corrected {len(biases)} biases on {len(inputs[0])} samples, by {correction.largest:.2g} at most"
             )
+        if before:
+            self._explain(graph, before, ranges)
         self._plan(capture(module, self.task), ranges, scales)
         return module
+
+    def _explain(self, graph: Graph, before: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
+        names = _inputs(graph)
+        tried = [name for name in OTHERS if self.seen and name != self.options.calibrate]
+        others = {f"calibrate = {name!r}": _fake(self._ranges(graph, name), names) for name in tried}
+        found = Sensitivity(
+            graph, before, _fake(ranges, names), ranges, names, others, frozenset(self.left), self.options.leave
+        )
+        finding = found.explain(self.task, self.run_.progress)
+        self.run_.record("sensitivity", finding)
+        for text in sentences(finding):
+            self.run_.note(text)
 
     def _fold(self, module: nn.Module) -> nn.Module:
         if not any(isinstance(layer, _BatchNorm) for layer in module.modules()):
@@ -92,12 +110,19 @@ class Quantizing:
         for name, (low, high) in ends.items():
             if not (abs(low) < 1e30 and abs(high) < 1e30):  # NaN fails too
                 raise InputError(f"quantize: {name} is not finite on the calibration data")
-        method = METHODS[self.options.calibrate]
         if self.options.calibrate == "minmax":
             seen = {name: Histogram(*pair, torch.zeros(1).numpy()) for name, pair in ends.items()}
-        else:
-            seen = observe_histograms(graph, self.task, ends, self._progress("calibrating: histograms"))
-        found = {name: method(seen[name], slope(only_reader(nodes[name]))) for name in ranged}
+            return self._ranges(graph, "minmax", seen)
+        self.seen = observe_histograms(graph, self.task, ends, self._progress("calibrating: histograms"))
+        return self._ranges(graph, self.options.calibrate)
+
+    def _ranges(self, graph: Graph, method: str, seen: Mapping[str, Histogram] | None = None) -> dict[str, Range]:
+        """Ranges as one method reads them, by their names in the plan."""
+        nodes = {node.name: node for node in graph.program.module(check_guards=False).graph.nodes}
+        found = {
+            name: METHODS[method](histogram, slope(only_reader(nodes[name])))
+            for name, histogram in (self.seen if seen is None else seen).items()
+        }
         for name, node in nodes.items():
             if floating(node) and name not in found and (origin := _origin(node)).name in found:
                 found[name] = found[origin.name]

@@ -36,6 +36,7 @@ class Quantize(Pass):
         rounding: of weights: ``nearest``, or ``gptq``: columns in turn, each error passed on to those that follow.
         equalize: bring the channels between two layers to one size where that leaves the network the same.
         bias_correct: take the mean error of each output channel out of its bias.
+        explain: find out per layer what rounding costs and why, and try remedies, on a few samples; for the report.
         leave: names of layers to leave in float, with ``*`` and ``?``; a name also covers what is inside it.
     """
 
@@ -47,6 +48,7 @@ class Quantize(Pass):
     rounding: str = "gptq"
     equalize: bool = True
     bias_correct: bool = True
+    explain: bool = True
     leave: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -101,6 +101,11 @@ def decibel(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:.0f} dB"
 
 
+def tenths(value: float | None) -> str:
+    """Decibels where tenths of them tell things apart."""
+    return UNKNOWN if value is None else f"{value:.1f} dB"
+
+
 def percent(fraction: float | None) -> str:
     return UNKNOWN if fraction is None else f"{100 * fraction:.4g} %"
 

@@ -65,6 +65,10 @@ class PassRun:
     original: nn.Module
     task: Task
     notes: list[str] = field(default_factory=list)
+    findings: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def record(self, what: str, values: Mapping[str, Any]) -> None:
+        self.findings[what] = values
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -148,6 +152,7 @@ def _apply_all(
         history.append({
             "part": name, "options": parts.options_of(item), "seconds": round(time.perf_counter() - began, 3),
             "seed": run.seed, "before": {"values": size}, "after": {"values": _values(module)}, "notes": run.notes,
+            "findings": run.findings,
         })  # fmt: skip
     return module, history
 

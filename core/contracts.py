@@ -114,6 +114,9 @@ class Run(Protocol):
     def note(self, text: str) -> None:
         """One line for the report: what was done or left alone, and why."""
 
+    def record(self, what: str, values: Mapping[str, Any]) -> None:
+        """A finding for the report, as JSON values under a name."""
+
     def progress(self, text: str, total: int | None = None) -> Callable[[int], None]:
         """Start a progress line; call the result with the number of steps just finished."""
 

@@ -160,7 +160,7 @@ class _Stage:
                 files=describe_files(temporary),
                 preprocessing=dict(simulation.preprocessing),
                 labels=simulation.labels,
-                history=(*source.manifest.history, step),
+                history=(*({**entry, "findings": {}} for entry in source.manifest.history), step),
                 census={key: value for key, value in asdict(census).items() if key != "contents"},
                 float_size_bytes=source.manifest.float_size_bytes,
                 versions=versions(*PACKAGES),

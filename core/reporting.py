@@ -21,6 +21,7 @@ from edgepack.versions import versions
 SCHEMA = 1
 TEMPLATE = "report.html.j2"
 TICKS = 5
+LAYERS = 40  # of a table that is longer in the JSON document
 RATIO_MARKS = ((0.98, 1.02), (0.95, 1.05), (0.9, 1.1), (0.8, 1.25), (0.5, 2.0), (0.2, 5.0), (0.1, 10.0), (0.01, 100.0))
 Values = Mapping[str, Any]
 
@@ -74,6 +75,7 @@ def view(data: Values) -> dict[str, Any]:
         "sizes": _sizes(data),
         "measurements": [_measurement(group) for group in _groups(data["profiles"])],
         "devices": _devices(data["profiles"]),
+        "sensitivity": _sensitivity(data["compressed"]),
     }
 
 
@@ -237,6 +239,17 @@ def _ratio_marks(reach: float) -> list[float]:
 
 def _axis(values: Sequence[float]) -> list[dict[str, Any]]:
     return [{"at": place(value, values[0], values[-1]), "text": f"{value:g}"} for value in values]
+
+
+def _sensitivity(compressed: Values | None) -> dict[str, Any] | None:
+    """Where rounding loses, worst layer first; bars of what each layer costs the outputs."""
+    steps = [] if compressed is None else compressed["manifest"]["history"]
+    found = next((step["findings"]["sensitivity"] for step in steps if step.get("findings")), None)
+    if found is None:
+        return None
+    axis = ticks(0.0, max([row["gain_db"] or 0.0 for row in found["layers"]] + [1.0]), count=3)
+    rows = [{**row, "to": place(row["gain_db"] or 0.0, 0, axis[-1])} for row in found["layers"][:LAYERS]]
+    return {**found, "rows": rows, "more": len(found["layers"]) - len(rows), "axis": _axis(axis)}
 
 
 def _devices(profiles: Sequence[Values]) -> list[dict[str, str]]:
