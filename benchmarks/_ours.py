@@ -1,0 +1,68 @@
+"""What edgepack makes of a network: quantized once per fold, exported once per format."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+from _cases import Case
+
+from edgepack import parts
+from edgepack.artifact import MANIFEST, Artifact
+from edgepack.compress.fold import Fold
+from edgepack.compressing import BASELINE, COMPRESSED, compress
+from edgepack.contracts import Exporter, Pass
+from edgepack.exporting import export
+from edgepack.progress import Silent
+from edgepack.recipe import build
+
+ROOT = Path(__file__).resolve().parent.parent
+STATIC, DYNAMIC = "static", "dynamic"
+OURS: dict[bool, dict[str, dict[str, Any]]] = {  # by whether linear layers dominate
+    False: {STATIC: {}},
+    True: {STATIC: {}, DYNAMIC: {"activations": "dynamic"}},
+}
+EXPORTS: dict[str, dict[str, Any]] = {"tflite": {"layout": "NHWC"}}
+
+
+@functools.cache
+def source_hash() -> str:
+    """Of every file that decides what an artifact is."""
+    found = hashlib.sha256()
+    for room in ("compress", "core", "export", "runtimes"):
+        for path in sorted((ROOT / room).rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def ours(case: Case, number: int, format: str, kind: str) -> Artifact:
+    """Raises EdgepackError where edgepack refuses."""
+    out = _compressed(case, number, kind)
+    export(out, [_exporter(format)], Silent())
+    return Artifact.open(out / format)
+
+
+def ours_float(case: Case, format: str) -> Artifact:
+    """The original in the same format: what int8 is compared with."""
+    out = case.folder / f"float-{source_hash()}"
+    if not (out / COMPRESSED / MANIFEST).exists():
+        compress(case.module, case.task(case.folds[0]), [Fold()], out, Silent())
+        shutil.rmtree(out / BASELINE)
+    export(out, [_exporter(format)], Silent())
+    return Artifact.open(out / format)
+
+
+def _exporter(format: str) -> Exporter:
+    return parts.find(Exporter, format)(**EXPORTS.get(format, {}))
+
+
+def _compressed(case: Case, number: int, kind: str) -> Path:
+    out = case.folder / f"{number}-edgepack-{kind}-{source_hash()}"
+    if not (out / COMPRESSED / MANIFEST).exists():
+        quantize = build(Pass, {"use": "quantize", **OURS[case.linear][kind]})
+        compress(case.module, case.task(case.folds[number]), [quantize], out, Silent())
+        shutil.rmtree(out / BASELINE)
+    return out
