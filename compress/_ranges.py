@@ -12,7 +12,7 @@ Array = np.ndarray[Any, Any]
 
 BINS = 2048
 STEPS = 40  # ends tried on each side by mse
-NARROWEST = 0.1  # of the whole range
+NARROWEST = 1 / np.pi**2  # of the whole range; between round ratios of two ranges, values fall halfway between steps
 TAIL = 1e-4  # of the values, cut off on each side by percentile
 LEVELS = 256
 COARSEST = 128  # levels that entropy compares with

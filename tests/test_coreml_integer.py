@@ -196,7 +196,7 @@ def test_a_planned_operator_that_is_float_in_the_file_is_an_error(source: Source
 def test_a_wrong_weight_is_found_and_named(artifact: Artifact, source: Source, layer: str) -> None:
     simulation = Coreml().lower(source.graph, source.plan)
     for name, tensor in {**simulation.program.state_dict, **simulation.program.constants}.items():
-        if name.startswith(f"{layer}_weight") and name.endswith("integers"):
+        if name.startswith(f"{layer}.weight") and name.endswith("integers"):
             tensor[0] += 9
     inputs = {"x": Samples.values[:1]}
     found = first_divergence(simulation, inputs, Engine(engine="interpreter").trace(artifact, inputs))
