@@ -210,7 +210,7 @@ def _read_npz(path: Path, prefix: str) -> dict[str, Array]:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise InputError(f"{path}: a single array, not a .npz", "write numpy.savez_compressed(path, x=…, y=…)")
             return {key: file[key] for key in file.files if key.startswith(prefix)}
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: not a .npz, or damaged: {error}") from error
     except ValueError as error:
         if "pickle" in str(error).lower():

@@ -68,13 +68,7 @@ def _convert(module: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> bytes:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    return (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        NotImplementedError,
-        require("litert_converter.mlir.ir", "tflite").MLIRError,
-    )
+    return (RuntimeError, ValueError, TypeError, require("litert_converter.mlir.ir", "tflite").MLIRError)
 
 
 def _culprit(module: GraphModule) -> str | None:

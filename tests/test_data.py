@@ -172,6 +172,24 @@ def test_damaged_files(tmp_path: Path) -> None:
     refuse("single.npz", RGB, tmp_path, "single array")
 
 
+@pytest.mark.parametrize(
+    "local, central, byte, reason",
+    [
+        (8, 10, 99, "That compression method is not supported"),
+        (6, 8, 1, "File 'x.npy' is encrypted"),
+        (4, 6, 99, "zip file version 9.9"),
+    ],
+)
+def test_archives_that_zipfile_does_not_open(tmp_path: Path, local: int, central: int, byte: int, reason: str) -> None:
+    """zipfile answers a compression, a password or a version it does not know with RuntimeErrors."""
+    np.savez(tmp_path / "data.npz", x=PIXELS)
+    content = bytearray((tmp_path / "data.npz").read_bytes())
+    content[content.index(b"PK\x03\x04") + local] = byte
+    content[content.index(b"PK\x01\x02") + central] = byte
+    (tmp_path / "data.npz").write_bytes(content)
+    refuse("data.npz", RGB, tmp_path, f"data.npz: not a .npz, or damaged: {reason}")
+
+
 class Bomb:
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("exploded"),))
