@@ -131,6 +131,8 @@ def _reason(error: BaseException) -> str:
         return f"operator aten.{''.join(names[0])} has no Core ML form"
     lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
     operator = _operator(error)
+    if operator and re.search(r"got \d+ input\(s\), expected", text):  # Fourier transforms, windows
+        return f"operator aten.{operator} has no Core ML form for the way it is called here"
     return (
         f"Core ML cannot take operator aten.{operator} as it is used here"
         if operator

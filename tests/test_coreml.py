@@ -306,6 +306,14 @@ def test_an_operator_without_a_form_is_named(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_fourier_transform_is_refused_in_plain_words(tmp_path):
+    graph = capture(Of(lambda x: torch.fft.rfft(x).real).eval(), Task(inputs=(Input("x", (1, 8)),)))
+    with pytest.raises(Unsupported) as caught:
+        write(exporter_of(), graph, tmp_path / "a")
+    assert caught.value.message == "operator aten.fft_rfft has no Core ML form for the way it is called here"
+    assert caught.value.hint == "export to another format, or replace the operator"
+
+
 def test_what_core_ml_cannot_take_is_refused():
     with pytest.raises(Unsupported, match=r"coreml cannot write what the plan says about 'conv2d' \(bits\)"):
         exporter_of().lower(graph_of("grouped"), Plan({"conv2d": {"bits": 8}}))
