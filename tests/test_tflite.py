@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -412,10 +413,7 @@ def test_third_parties_are_silenced_on_every_channel(capfd):
 
 def test_a_damaged_file_is_no_traceback_of_the_engine(made, tmp_path):
     whole = made("pair")[0]
-    place = tmp_path / "a"
-    place.mkdir()
-    for file in whole.folder.iterdir():
-        (place / file.name).write_bytes(file.read_bytes())
+    place = shutil.copytree(whole.folder, tmp_path / "a")
     model = place / "model.tflite"
     model.write_bytes(b"\x07" * model.stat().st_size)
     with pytest.raises(IntegrityError):
