@@ -9,6 +9,8 @@ import pytest
 
 from edgepack import _console, cli
 
+pytest.register_assert_rewrite("_folding", "_reading")
+
 Run = Callable[..., tuple[int, str, str]]
 
 

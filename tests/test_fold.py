@@ -1,8 +1,7 @@
-"""Batch norm folding: exact where it is done, left and named where it is not."""
+"""Batch norm folding is exact where it is done: any layer, order, padding and precision."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,9 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
-from torch.nn.modules.batchnorm import _BatchNorm  # noqa: E402
 
+from _folding import check, fold, norms, scramble, task  # noqa: E402
 from _networks import resnet20  # noqa: E402
-from edgepack.compress.fold import Fold  # noqa: E402
-from edgepack.errors import InputError, ParityError  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -28,70 +25,6 @@ NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 FEW = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 MANY = settings(FEW, max_examples=150)
-
-
-class Notes:
-    """The part of a run that folding uses."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.lines)
-
-
-def task(*shape: int, dtype: str = "float32") -> Task:
-    return Task(inputs=(Input("x", shape, dtype=dtype, dynamic={"batch": 0}),))
-
-
-def norms(module: nn.Module) -> int:
-    return sum(isinstance(layer, _BatchNorm) for layer in module.modules())
-
-
-def scramble(module: nn.Module, seed: int = 0, hard: bool = False, calm: bool = False) -> nn.Module:
-    """Random statistics; ``hard`` adds zero and negative γ and tiny variances, ``calm`` is as trained networks are."""
-    offset, widest = (0.3, 1.5) if calm else (1.0, 2.0)
-    random = torch.Generator().manual_seed(seed)
-
-    def draw(tensor: Any, low: float, high: float) -> None:
-        tensor.data = torch.rand(tensor.shape, generator=random, dtype=tensor.dtype) * (high - low) + low
-
-    for layer in module.modules():
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
-            draw(layer.running_mean, -offset, offset)
-            draw(layer.running_var, 0.2, 2 * widest)
-            if layer.affine:
-                draw(layer.weight, -2 if hard else 0.5, widest)
-                draw(layer.bias, -offset, offset)
-            if hard:
-                layer.running_var[0] = 1e-9
-                if layer.affine and layer.num_features > 1:
-                    layer.weight.data[1] = 0
-    return module.eval()
-
-
-def fold(module: nn.Module, job: Task, **options: Any) -> tuple[nn.Module, Notes]:
-    notes = Notes()
-    return Fold(**options).apply(module, job, notes), notes  # type: ignore[arg-type]
-
-
-def relative(this: Any, that: Any) -> float:
-    return float((this.double() - that.double()).abs().max() / that.double().abs().max().clamp_min(1e-30))
-
-
-def check(module: nn.Module, *shape: int, left: int = 0, limit: float = 1e-5, dtype: str = "float32") -> Notes:
-    """Fold a copy and compare with a float64 reference of the original, on a batch that folding did not see."""
-    x = torch.randn(3, *shape[1:], generator=torch.Generator().manual_seed(7), dtype=getattr(torch, dtype))
-    with torch.no_grad():
-        want = copy.deepcopy(module).double()(x.double())
-        folded, notes = fold(module, task(*shape, dtype=dtype))
-        assert norms(folded) == left, notes.text
-        assert relative(folded(x), want) <= limit
-    return notes
 
 
 @st.composite
@@ -231,185 +164,11 @@ def test_norms_of_tokens_go_through_reshaping() -> None:
     check(scramble(Tokens()), 1, 5, 6)
 
 
-def test_a_norm_over_another_axis_stays() -> None:
-    notes = check(scramble(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))), 1, 6, 6, left=1)
-    assert "0 has its channels on another axis" in notes.text
-    notes = check(scramble(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 6))), 1, 6, 6, left=1)
-    assert "1 has its channels on another axis" in notes.text
-
-
-class Cases(nn.Module):
-    """A convolution and a norm, used as ``how`` says."""
-
-    def __init__(self, how: Callable[[Any, Any], Any]) -> None:
-        super().__init__()
-        self.how = how
-        self.conv, self.norm, self.other = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
-
-    def forward(self, x: Any) -> Any:
-        return self.how(self, x)
-
-
-@pytest.mark.parametrize(
-    ("how", "reason"),
-    [
-        (lambda m, x: m.norm(y := m.conv(x)) + y, "other operators also read conv (Conv2d) before it"),
-        (lambda m, x: m.norm(torch.cat([m.conv(x), x], 2)), "its input is a concatenation"),
-        (lambda m, x: m.norm(m.conv(x).sigmoid()), "its input is sigmoid"),
-        (lambda m, x: m.norm(F.conv2d(x, m.conv.weight)), "its input is conv2d"),
-        (lambda m, x: m.norm(m.conv(x)) + m.conv.weight.sum(), "also used outside of the layer"),
-        (lambda m, x: m.norm(m.conv(x)) + m.norm.weight.sum(), "also used outside of the layer"),
-        (lambda m, x: m.norm(m.conv(x).flip(1)), "its input is flip"),
-    ],
-)
-def test_what_stays_is_named_with_the_reason(how: Callable[[Any, Any], Any], reason: str) -> None:
-    notes = check(scramble(Cases(how)), 1, 4, 5, 5, left=2)
-    assert "left norm: " in notes.text
-    assert reason in notes.text
-
-
-def test_a_functional_norm_is_named() -> None:
-    def how(m: Any, x: Any) -> Any:
-        return m.other(m.conv(F.batch_norm(x, m.norm.running_mean, m.norm.running_var)))
-
-    assert "left forward: a batch norm is called as a function" in check(scramble(Cases(how)), 1, 4, 5, 5, left=1).text
-
-
-def test_batch_statistics_and_bad_statistics_stay() -> None:
-    module = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, track_running_stats=False)).eval()
-    folded, notes = fold(module, task(1, 4, 8, 8))
-    assert norms(folded) == 1
-    assert "left 1: it uses the statistics of the batch, not running ones" in notes.text
-    module = scramble(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)))
-    module[1].running_var[0] = -1.0
-    folded, notes = fold(module, task(1, 4, 8, 8))
-    assert norms(folded) == 1
-    assert "left 1: its statistics are not finite" in notes.text
-
-
-def test_computed_weights_stay() -> None:
-    module = scramble(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6)))
-    folded, notes = fold(module, task(1, 4, 8, 8))
-    assert norms(folded) == 1
-    assert "0 cannot be edited (its weight is computed, not a plain parameter)" in notes.text
-
-
-def test_weights_that_would_overflow_stay() -> None:
-    module = scramble(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, eps=1e-12))).half()
-    module[1].running_var[0] = 0.0
-    module[1].running_mean[0] = 0.0
-    module[0].weight.data[0] = 1.0
-    folded, notes = fold(module, task(1, 4, 8, 8, dtype="float16"))
-    assert norms(folded) == 1
-    assert "left 1: merged weights overflow float16" in notes.text
-    assert bool((module[0].weight[0] == 1).all())
-
-
 def test_half_precision_folds() -> None:
     module = scramble(nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6))).half()
     folded, _ = fold(module, task(1, 4, 8, 8, dtype="float16"))
     assert norms(folded) == 0
     assert folded[0].weight.dtype == folded[0].bias.dtype == torch.float16
-
-
-def test_types_must_agree() -> None:
-    module = nn.Sequential(nn.Conv2d(4, 6, 3).half(), nn.BatchNorm2d(6))  # as mixed-precision checkpoints come
-    folded, notes = fold(scramble(module), task(1, 4, 8, 8, dtype="float16"))
-    assert norms(folded) == 1
-    assert "0 is float16, it is float32" in notes.text
-
-
-class Heads(nn.Module):
-    """One convolution shared by levels that have norms of their own."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(4, 4, 1)
-        self.also = self.stem if how == "names" else None
-        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
-
-    def forward(self, x: Any) -> Any:
-        second = self.stem if self.also is None else self.also
-        return F.relu(self.norms[0](self.stem(x))) + self.norms[1](second(x * 2))
-
-
-def test_a_shared_layer_under_two_names_is_cloned_in_place() -> None:
-    module = scramble(Heads("names"))
-    notes = check(module, 1, 4, 5, 5)
-    assert module.stem is not module.also
-    assert "is used 2 times, next to different layers: made separate copies" in notes.text
-    assert "20 parameters larger" not in notes.text  # two norms of 8 went, a convolution of 20 came
-
-
-def test_a_shared_block_is_cloned_down_to_its_layers() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
-            self.b = self.a
-            self.norm1, self.norm2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
-
-        def forward(self, x: Any) -> Any:
-            return self.norm2(self.b(self.norm1(self.a(x)).relu()))
-
-    module = scramble(Net())
-    check(module, 1, 4, 5, 5)
-    assert module.a[2] is not module.b[2]
-    assert module.a[0].weight is module.b[0].weight
-
-
-def test_a_layer_called_twice_under_one_name_is_cloned_in_a_traced_graph() -> None:
-    notes = check(scramble(Heads("calls")), 1, 4, 5, 5)
-    assert "the network continues as a traced graph" in notes.text
-
-
-def test_a_layer_called_twice_in_a_traced_graph_is_cloned_there() -> None:
-    module = torch.fx.symbolic_trace(scramble(Heads("calls")))
-    check(module, 1, 4, 5, 5)
-    assert torch.equal(module.stem.weight, module.stem_2.weight) is False
-
-
-def test_a_dict_stays_a_dict_in_a_traced_graph() -> None:
-    def how(m: Any, x: Any) -> Any:
-        return {"a": m.norm(m.conv(x)), "b": (m.other(m.conv(x * 2)),)}
-
-    module = scramble(Cases(how))
-    x = torch.randn(3, 4, 5, 5)
-    want = module(x)
-    folded, _ = fold(module, task(1, 4, 5, 5))
-    assert norms(folded) == 0
-    assert relative(folded(x)["a"].detach(), want["a"].detach()) < 1e-5
-    assert relative(folded(x)["b"][0].detach(), want["b"][0].detach()) < 1e-5
-
-
-def test_a_shared_pair_folds_without_a_copy() -> None:
-    def how(m: Any, x: Any) -> Any:
-        return m.norm(m.conv(m.norm(m.conv(x)).relu()))
-
-    module = scramble(Cases(how))
-    module.other = nn.Identity()
-    folded, notes = fold(module, task(1, 4, 5, 5))
-    assert folded is module
-    assert norms(folded) == 0
-    assert "copies" not in notes.text
-
-
-def test_one_norm_behind_two_layers_folds_into_both() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.norm = nn.Conv2d(4, 6, 1), nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6)
-
-        def forward(self, x: Any) -> Any:
-            return self.norm(self.a(x)) * self.norm(self.b(x))
-
-    check(scramble(Net()), 1, 4, 5, 5)
-
-
-def test_tied_parameters_are_not_changed_elsewhere() -> None:
-    module = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
-    module[3].weight = module[0].weight
-    check(scramble(module), 1, 4, 5, 5)
 
 
 def test_a_norm_that_brings_its_activation_leaves_it() -> None:
@@ -424,26 +183,6 @@ def test_a_norm_that_brings_its_activation_leaves_it() -> None:
     module = scramble(nn.Sequential(nn.Conv2d(4, 6, 3), NormAct(6), nn.Conv2d(6, 4, 1)))
     check(module, 1, 4, 8, 8)
     assert isinstance(module[1].act, nn.SiLU)
-
-
-def test_a_norm_that_computes_more_stays() -> None:
-    class Doubled(nn.BatchNorm2d):
-        def forward(self, x: Any) -> Any:
-            return super().forward(x) * 2
-
-    notes = check(scramble(nn.Sequential(nn.Conv2d(4, 6, 3), Doubled(6))), 1, 4, 8, 8, left=1)
-    assert "left 1: Doubled computes more than a batch norm" in notes.text
-
-
-def test_a_layer_that_ignores_its_bias_is_caught() -> None:
-    class Bare(nn.Conv2d):
-        def forward(self, x: Any) -> Any:
-            return F.conv2d(x, self.weight)
-
-    module = scramble(nn.Sequential(Bare(4, 6, 3, bias=False), nn.BatchNorm2d(6)))
-    with pytest.raises(ParityError, match="fold changed the network's answers") as caught:
-        fold(module, task(1, 4, 8, 8))
-    assert "leave = ['1']" in str(caught.value.hint)
 
 
 def test_a_network_that_amplifies_its_own_rounding_is_not_blamed_on_folding() -> None:
@@ -475,27 +214,6 @@ def test_folding_twice_changes_nothing() -> None:
     assert all(torch.equal(value, state[key]) for key, value in twice.state_dict().items())
 
 
-def test_leave_names_layers_and_what_is_inside() -> None:
-    def net() -> nn.Module:
-        return scramble(nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)) for _ in range(3))))
-
-    for leave, left in [(("0",), 1), (("*.1",), 3), (("1.0", "2.*"), 2)]:
-        folded, notes = fold(net(), task(1, 4, 9, 9), leave=leave)
-        assert norms(folded) == left
-        assert "'leave' names" in notes.text
-
-
-def test_leave_is_checked() -> None:
-    with pytest.raises(ValueError, match="leave is a list of layer names"):
-        Fold(leave="conv")  # type: ignore[arg-type]
-    module = nn.Sequential(nn.Conv2d(4, 4, 3))
-    module.add_module("stem", nn.ReLU())
-    Fold(leave=("st*",)).check(module, task(1, 4, 9, 9))
-    with pytest.raises(InputError, match="no layer is called 'sten'") as caught:
-        Fold(leave=("sten",)).check(module, task(1, 4, 9, 9))
-    assert caught.value.hint == "did you mean 'stem'?"
-
-
 def test_the_note_gives_counts_and_the_largest_scale() -> None:
     module = scramble(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, eps=0.0), nn.ReLU()))
     module[1].running_var.fill_(1.0)
@@ -503,13 +221,6 @@ def test_the_note_gives_counts_and_the_largest_scale() -> None:
     notes = check(module, 1, 4, 8, 8)
     assert notes.lines[0].startswith("folded 1 batch norm, left 0; outputs within ")
     assert notes.lines[0].endswith("largest scale 5 at 1")
-
-
-def test_a_network_without_norms_is_not_traced() -> None:
-    module = nn.Sequential(nn.Linear(2, 2))
-    folded, notes = fold(module, task(1, 3))  # the shape would not even fit
-    assert folded is module
-    assert notes.lines == ["nothing to fold: the network has no batch norm"]
 
 
 def test_a_fixed_batch_works() -> None:
