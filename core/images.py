@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +29,11 @@ CLASS_COLUMNS = ("class_index", "label", "class")
 
 
 @dataclass(frozen=True)
-class Folder:
-    """Image files with a class each, or none."""
+class ImageFiles(ABC):
+    """Image files, read one by one when a batch asks for them."""
 
     item: Input
     files: tuple[Path, ...]
-    classes: tuple[int, ...] | None
-    labels: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -42,6 +41,18 @@ class Folder:
     def batches(self, size: int) -> Iterator[Batch]:
         for group in grouped((self._read(index) for index in range(len(self))), size):
             yield _batch(self.item, group)
+
+    @abstractmethod
+    def _read(self, index: int) -> tuple[dict[str, Array], Array | None]:
+        """Raw pixels by input name, and the target."""
+
+
+@dataclass(frozen=True)
+class Folder(ImageFiles):
+    """Image files with a class each, or none."""
+
+    classes: tuple[int, ...] | None
+    labels: tuple[str, ...] = ()
 
     def _read(self, index: int) -> tuple[dict[str, Array], Array | None]:
         target = None if self.classes is None else np.asarray(self.classes[index], dtype=np.int64)
@@ -50,21 +61,12 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Pairs(ImageFiles):
     """Image files with an image file each: a picture (float32, 0…1, NCHW) or a mask (int64, NHW)."""
 
-    item: Input
-    files: tuple[Path, ...]
     targets: tuple[Path, ...]
     masks: bool
     labels: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def batches(self, size: int) -> Iterator[Batch]:
-        for group in grouped((self._read(index) for index in range(len(self))), size):
-            yield _batch(self.item, group)
 
     def _read(self, index: int) -> tuple[dict[str, Array], Array | None]:
         mode = MODES[self.item.channels or 3]
