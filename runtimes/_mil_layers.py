@@ -20,14 +20,13 @@ def conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    strides: Tensor | None = None,
+    groups: int = 1,
     pad_type: str = "valid",
     pad: Tensor | None = None,
-    dilations: Tensor | None = None,
-    groups: int = 1,
+    **strides: Tensor,
 ) -> Tensor:
     rank = x.ndim - 2
-    steps, spread = _each(strides, rank), _each(dilations, rank)
+    steps, spread = _steps(rank, **strides)
     reach = [(size - 1) * step + 1 for size, step in zip(weight.shape[2:], spread, strict=True)]
     pads = _pads(x.shape[2:], reach, steps, pad_type, pad)
     before = [first for first, last in pads if first == last]
@@ -43,13 +42,12 @@ def conv_transpose(
     pad: Tensor | None = None,
     output_shape: Tensor | None = None,
     pad_type: str = "valid",
-    strides: Tensor | None = None,
-    dilations: Tensor | None = None,
     groups: int = 1,
+    **strides: Tensor,
 ) -> Tensor:
     """The whole transposed convolution, then the margins cut off (or zeros put on where more is asked for)."""
     rank = x.ndim - 2
-    steps, spread = _each(strides, rank), _each(dilations, rank)
+    steps, spread = _steps(rank, **strides)
     full = TRANSPOSED[rank](x, weight, None, steps, 0, 0, groups, spread)
     margins = [(0, 0)] * rank if pad is None or pad_type != "custom" else _pairs(pad)
     if pad_type in ("same", "same_lower"):
@@ -198,6 +196,11 @@ def _along(value: Tensor | float | int | None, rank: int, axis: int | None) -> T
 def _normalized(x: Tensor, dims: list[int], epsilon: float) -> Tensor:
     spread, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
     return (x - mean) * torch.rsqrt(spread + epsilon)
+
+
+def _steps(rank: int, strides: Tensor | None = None, dilations: Tensor | None = None) -> tuple[list[int], list[int]]:
+    """From window to window, and from element to element of one."""
+    return _each(strides, rank), _each(dilations, rank)
 
 
 def _each(values: Tensor | None, rank: int) -> list[int]:
