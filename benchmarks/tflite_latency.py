@@ -116,18 +116,17 @@ def compare(source: str, layout: str, settings: Settings, folder: Path) -> dict[
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        "| network | layout | edgepack ÷ litert-torch [95 %] | verdict | p50 ms | p50 ms, litert-torch |",
-        "| --- " * 6 + "|",
-    ]
-    for row in rows:
-        ratio, latency = row["ratio"], row["latency_ms"]
-        lines.append(
-            f"| {row['network'].partition(':')[2]} | {row['layout']} "
-            f"| {ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] | {ratio['verdict']} "
-            f"| {latency['edgepack']['p50']:.2f} | {latency['litert-torch']['p50']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+    heads = ("network", "layout", "edgepack ÷ litert-torch [95 %]", "verdict", "p50 ms", "p50 ms, litert-torch")
+    return f"| {' | '.join(heads)} |\n{'| --- ' * len(heads)}|\n" + "".join(map(line, rows))
+
+
+def line(row: dict[str, Any]) -> str:
+    ratio, latency = row["ratio"], row["latency_ms"]
+    return (
+        f"| {row['network'].partition(':')[2]} | {row['layout']} "
+        f"| {ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] | {ratio['verdict']} "
+        f"| {latency['edgepack']['p50']:.2f} | {latency['litert-torch']['p50']:.2f} |\n"
+    )
 
 
 def document(facts: dict[str, Any]) -> str:
