@@ -9,7 +9,7 @@ import pytest
 
 from edgepack import _console, cli
 
-pytest.register_assert_rewrite("_folding", "_lifting", "_reading")
+pytest.register_assert_rewrite("_folding", "_lifting", "_reading", "_tflite_files")
 
 Run = Callable[..., tuple[int, str, str]]
 
