@@ -113,21 +113,19 @@ class Residual(nn.Module):
         return z
 
 
+def export(module: nn.Module, example: Tensor, path: Path) -> None:
+    """As PyTorch writes ONNX, with a dynamic batch."""
+    shapes = ({0: DYNAMIC},)
+    torch.onnx.export(module, (example,), path, dynamo=True, external_data=False, dynamic_shapes=shapes, verbose=False)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_what_pytorch_exports(tmp_path: Path) -> None:
     if importlib.util.find_spec("onnxscript") is None:
         pytest.skip("onnxscript is not installed: pip install 'edgepack[onnx]'")
     torch.manual_seed(0)
     path = tmp_path / "m.onnx"
-    torch.onnx.export(
-        Residual().eval(),
-        (torch.rand(2, 3, 4, 4),),
-        path,
-        dynamo=True,
-        external_data=False,
-        dynamic_shapes=({0: DYNAMIC},),
-        verbose=False,
-    )
+    export(Residual().eval(), torch.rand(2, 3, 4, 4), path)
     lifted = check(path, (3, 4, 4))
     assert {"conv1": "Conv2d", "fc": "Linear", "attention.linear1": "Linear"}.items() <= layers(lifted).items()
 
@@ -162,13 +160,5 @@ def test_zoo(source: str, tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     module, path = load(source, tmp_path), tmp_path / "m.onnx"
-    torch.onnx.export(
-        module,
-        (torch.rand(2, 3, 224, 224),),
-        path,
-        dynamo=True,
-        external_data=False,
-        dynamic_shapes=({0: DYNAMIC},),
-        verbose=False,
-    )
+    export(module, torch.rand(2, 3, 224, 224), path)
     check(path, (3, 224, 224))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +15,18 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, fx, nn  # noqa: E402
 
+from _samples import Samples  # noqa: E402
 from edgepack import reporting  # noqa: E402
 from edgepack.compress._emulation import Emulation, Variant  # noqa: E402
 from edgepack.compress._sensitivity import sentences  # noqa: E402
 from edgepack.compress.quantize import Quantize  # noqa: E402
 from edgepack.compressing import PassRun, compress  # noqa: E402
-from edgepack.data import Batch  # noqa: E402
 from edgepack.graph import capture  # noqa: E402
 from edgepack.plan import Plan  # noqa: E402
 from edgepack.progress import Silent  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402
 
 PLAIN: dict[str, Any] = {"equalize": False, "bias_correct": False, "rounding": "nearest", "calibrate": "minmax"}
-
-
-class Samples:
-    labels: tuple[str, ...] = ()
-
-    def __init__(self, values: np.ndarray) -> None:
-        self.values = values
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def batches(self, size: int) -> Iterator[Batch]:
-        for start in range(0, len(self), size):
-            part = {"x": self.values[start : start + size]}
-            yield Batch(part, part, None)
 
 
 class Chain(nn.Module):
