@@ -2,7 +2,7 @@
 
 Sources: coremltools' documentation of activation quantization and of its own passes over quantized programs. An
 operator is computed in integers as ``dequantize → operator → quantize``; kernels are fastest without a zero point,
-which unsigned bytes have behind a ReLU and signed ones everywhere else; weights are constant expressions.
+as unsigned bytes are behind a ReLU and signed ones around zero; weights are constant expressions.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Centred(Dialect):
-    """Zero is the lowest byte where nothing is negative, else the middle one."""
+    """Zero is the lowest byte where nothing is negative, and the middle one where that costs little of the step."""
 
     def grid(self, low: float, high: float, step: float | None = None) -> Grid:
-        if low >= 0:
-            return super().grid(0.0, high, step)
-        return Grid(step or max(-low / 128, high / 127), 128)
+        middle = max(-low / 128, high / 127)
+        if step is None and low < 0 and middle <= CENTRED * (high - low) / 255:
+            return Grid(middle, 128)
+        return super().grid(low, high, step)
 
 
 COREML = Centred("u8s8-coreml", fused=RELUS | LEAKY, integer=ADDITIONS, float_bias=True)
 WEIGHTS = "w8"
+CENTRED = 1.25  # times the step of a grid with a zero point; behind a leaky ReLU it would be about 2
 KINDS = {"conv": ("conv", "conv_transpose"), "linear": ("linear", "matmul")}
 MOVING = ("reshape", "transpose", "expand_dims", "squeeze", "pad", "max_pool", "slice_by_index", "slice_by_size")
 

@@ -45,6 +45,8 @@ class Dialect:
         float_bias: biases stay float32; else they are int32.
         slow: whether the engine computes a weighted operator faster in float than in integers, by measurement; such
             operators stay float.
+        detour: sums an engine computes in one with the weighted operator before them, whose result stays float; only
+            what comes another way is quantized.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Dialect:
     symmetric: bool = False
     float_bias: bool = False
     slow: Callable[[Node], bool] = lambda node: False
+    detour: frozenset[str] = frozenset()
 
     @property
     def lowest(self) -> int:
@@ -175,10 +178,24 @@ class _Writer:
                 self._mark_one(node.args[0], node)
                 if _word(node) in self.dialect.every_output:
                     self._mark_result(node)
+            elif _word(node) in self.dialect.detour:
+                self._mark_detour(node)
             elif _word(node) in self.dialect.integer and all(self._integer(source) for source in _floats(node)):
                 for source in _floats(node):
                     self._mark_one(source, node)
                 self._mark_result(node)
+
+    def _mark_detour(self, node: Node) -> None:
+        """Of two integer ways into a sum, quantize the one that does not end in the last weighted operator."""
+        ways = list(_floats(node))
+        if len(ways) != 2 or not all(self._integer(way) for way in ways):
+            return
+        order = {before: place for place, before in enumerate(self.module.graph.nodes)}
+        ends = [way for way in ways if way in self.names and self._computed(way) and len(way.users) == 1]
+        last = max(ends, key=lambda way: order[way], default=None)
+        for way in ways:
+            if way is not last:
+                self._mark_one(way, node)
 
     def _integer(self, node: Node) -> bool:
         """Whether a value is, or can be, the result of an integer operator or a rearrangement of one."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_RANK = 8
 MAX_K = 3840
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 Reason = tuple[str, str]
 
@@ -115,6 +116,8 @@ def _typed(node: onnx.NodeProto, view: _View) -> Reason | None:
     if found not in allowed:
         if found == "UINT8" and name in view.inputs:
             return f"it reads the uint8 input {name!r}, which only Cast may", "cast to float32 first"
+        if found == "INT32" and node.op_type == "DequantizeLinear":
+            return "it holds a bias of 32-bit integers", "leave the bias of a quantized layer in float32"
         return f"it computes in {found.lower()}; TensorRT has it for {', '.join(allowed).lower()}", _cast("float32")
     if node.op_type == "Cast":
         return _cast_types(node, view)
@@ -162,6 +165,8 @@ def _scaled(node: onnx.NodeProto, view: _View) -> Reason | None:
         zero_point = view.constant(node.input[2])
         if zero_point is None or zero_point.any():
             return "its zero point is not a constant 0", symmetric
+    if quantizes and _splits(node, view):
+        return "it stands between a convolution and its ReLU, which TensorRT computes in one", "quantize behind Relu"
     scale = view.constant(node.input[1])
     if scale is None or not (scale > 0).all():
         return "its scales are not positive constants", "compute the scales before the export"
@@ -170,6 +175,14 @@ def _scaled(node: onnx.NodeProto, view: _View) -> Reason | None:
     if scale.ndim != 1:
         return "it has scales per block", "one scale per tensor, or per output channel of weights"
     return None if view.constant(node.input[0]) is None and quantizes else _channels(node, view)
+
+
+def _splits(node: onnx.NodeProto, view: _View) -> bool:
+    """Whether only a ReLU reads what is quantized here, and a weighted operator made it."""
+    maker = view.makers.get(node.input[0])
+    pairs = [reader for after in view.readers[node.output[0]] for reader in view.readers[after.output[0]]]
+    weighted = maker is not None and maker.op_type in WEIGHTED
+    return weighted and bool(pairs) and all(reader.op_type == "Relu" for reader in pairs)
 
 
 def _channels(node: onnx.NodeProto, view: _View) -> Reason | None:
@@ -206,7 +219,16 @@ def _convolution(node: onnx.NodeProto, view: _View) -> Reason | None:
     spatial = view.ranks[node.input[0]] - 2
     if not 1 <= spatial <= 3:
         return f"it has {spatial} spatial axes, TensorRT 1 to 3", ELSEWHERE
-    return None if all(_fixed(name, view) for name in node.input[1:] if name) else _needs_constant("weights")
+    if not all(_fixed(name, view) for name in node.input[1:] if name):
+        return _needs_constant("weights")
+    return _bias(node, view)
+
+
+def _bias(node: onnx.NodeProto, view: _View) -> Reason | None:
+    maker = view.makers.get(node.input[2]) if len(node.input) > 2 else None
+    if maker is None or maker.op_type != "DequantizeLinear":
+        return None
+    return "its bias is quantized", "leave the bias of a quantized layer in float32"
 
 
 def _resize(node: onnx.NodeProto, view: _View) -> Reason | None:
@@ -283,6 +305,7 @@ _AXES = _constant_input(1, "axes")
 RULES: dict[str, Callable[[Any, _View], Reason | None]] = {
     **dict.fromkeys(("AveragePool", "MaxPool"), _pool),
     **dict.fromkeys(("Conv", "ConvTranspose"), _convolution),
+    "Gemm": _bias,
     **dict.fromkeys(("LpPool", "LpNormalization"), _lp),
     **dict.fromkeys(("GRU", "LSTM", "RNN"), _recurrent),
     **dict.fromkeys(("Squeeze", "Unsqueeze", *(name for name in OPERATORS if name.startswith("Reduce"))), _AXES),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgepack.contracts import Census, Exporter, Graph, TensorSpec
 from edgepack.errors import Unsupported, nearest
-from edgepack.export._dialects import lower_float, refuse_plan
+from edgepack.export._dialects import lower_float
 from edgepack.export._onnx_census import census
 from edgepack.export._onnx_form import to_onnx
 
@@ -34,6 +34,10 @@ class Tensorrt(Exporter):
     engine is built where it runs, as a strongly typed network: its types come from ``compute`` alone, nothing is left
     to the builder. ``precision = "float16"`` stores weights in 16 bits, as in every format, and makes float16 the
     usual ``compute``.
+
+    What a plan of ``quantize`` holds is quantized explicitly: signed symmetric bytes, int8 weights with a scale per
+    output channel, QuantizeLinear and DequantizeLinear where TensorRT makes one integer kernel of what lies between.
+    ``compute`` is then the format of all the rest, and with ``float16`` scales and biases are 16-bit numbers.
 
     Attributes:
         compute: number format of the engine: ``float32``, ``tf32`` (float32 with products of 10-bit mantissas) or
@@ -62,14 +66,23 @@ class Tensorrt(Exporter):
             raise ValueError(f"workspace_mb is at least 1, not {self.workspace_mb}")
 
     def lower(self, graph: Graph, plan: Plan) -> Graph:
-        refuse_plan(plan, self.format, self.precision)
+        if self.precision == "plan" and plan.nodes:
+            from edgepack.export._coreml_half import round_constants
+            from edgepack.export._tensorrt_integer import simulated
+
+            simulation = simulated(graph, plan)
+            if self.compute != "float16":
+                return simulation
+            return replace(round_constants(simulation), dialect=simulation.dialect)
         return lower_float(graph, self.precision)
 
     def write(self, simulation: Graph, folder: Path) -> Census:
         from edgepack.export import _tensorrt_form as form
+        from edgepack.export._onnx_integer import hold_integers
 
         settings = self._settings(simulation.inputs)
         notes = form.write(to_onnx(simulation, OPSET), folder / MODEL, self.precision == "float16")
+        hold_integers(folder / MODEL, simulation)
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return census(folder / MODEL, notes)
 

@@ -20,7 +20,6 @@ from edgepack.artifact import Artifact  # noqa: E402
 from edgepack.compress.quantize import Quantize  # noqa: E402
 from edgepack.compressing import compress  # noqa: E402
 from edgepack.data import Batch  # noqa: E402
-from edgepack.divergence import first_divergence  # noqa: E402
 from edgepack.errors import ParityError, Unsupported  # noqa: E402
 from edgepack.export._coreml_census import read  # noqa: E402
 from edgepack.export._coreml_integer import COREML, hold_integers  # noqa: E402
@@ -31,6 +30,7 @@ from edgepack.parity import sqnr_db  # noqa: E402
 from edgepack.plan import Plan  # noqa: E402
 from edgepack.progress import Silent  # noqa: E402
 from edgepack.runtimes.coreml import Coreml as Engine  # noqa: E402
+from edgepack.stepwise import stepwise  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
@@ -196,17 +196,25 @@ def test_a_planned_operator_that_is_float_in_the_file_is_an_error(source: Source
 def test_a_wrong_weight_is_found_and_named(artifact: Artifact, source: Source, layer: str) -> None:
     simulation = Coreml().lower(source.graph, source.plan)
     for name, tensor in {**simulation.program.state_dict, **simulation.program.constants}.items():
-        if name.startswith(f"{layer}.weight") and name.endswith("integers"):
+        if name.startswith(layer) and name.endswith("integers"):
             tensor[0] += 9
     inputs = {"x": Samples.values[:1]}
-    found = first_divergence(simulation, inputs, Engine(engine="interpreter").trace(artifact, inputs))
+    found = stepwise(simulation, inputs, Engine(engine="interpreter").trace(artifact, inputs)).fault
+    assert found is not None
     assert found.operator == ("linear" if layer == "last" else "conv2d")
     assert layer in found.layer
 
 
 @given(low=st.floats(-1e3, 0), high=st.floats(1e-3, 1e3))
-def test_grids_are_centred_or_start_at_zero(low: float, high: float) -> None:
-    grid = COREML.grid(low, high)
-    assert grid.zero == (128 if low < 0 else 0)
-    assert (0 - grid.zero) * grid.step <= low * (1 - 1e-6)
-    assert (255 - grid.zero) * grid.step >= high * (1 - 1e-6)
+def test_grids_are_centred_where_that_costs_little(low: float, high: float) -> None:
+    grid, full = COREML.grid(low, high), (high - low) / 255
+    assert grid.step <= 1.25 * full * (1 + 1e-6)
+    assert -grid.zero * grid.step <= low + 0.5 * full * (1 + 1e-3)
+    assert (255 - grid.zero) * grid.step >= high - 0.5 * full * (1 + 1e-3)
+    assert low != 0 or grid.zero == 0
+
+
+def test_grids_around_zero_and_behind_a_leaky_relu() -> None:
+    assert COREML.grid(-1.0, 0.9).zero == 128
+    assert COREML.grid(-1.0, 0.9).step == 1 / 128
+    assert COREML.grid(-0.1, 0.9).zero not in (0, 128)
