@@ -7,6 +7,7 @@ ships.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,12 +45,15 @@ class _Blob:
         return schema.BufferEnd(builder)
 
 
-def finish(data: bytes, graph: Graph, half: bool, describe: bool) -> bytes:
+def finish(
+    data: bytes, graph: Graph, half: bool, describe: bool, change: Callable[[Any, Any], None] | None = None
+) -> bytes:
     """The file to be stored, from what the converter wrote.
 
     Args:
         half: store weights that lie on the 16-bit grid as float16.
         describe: put labels and preprocessing into the file's metadata.
+        change: what else is to be done to the model, given the schema and the model.
     """
     schema = require("ai_edge_litert.schema_py_generated", "tflite")
 
@@ -58,9 +62,28 @@ def finish(data: bytes, graph: Graph, half: bool, describe: bool) -> bytes:
     _name(model, graph)
     if half:
         _store_half(schema, model)
+    if change is not None:
+        change(schema, model)
     facts = _described(graph) if describe else None
     _gather_buffers(schema, model, facts)
     return _packed(model)
+
+
+def used_only(model: Any) -> None:
+    """Drop tensors that no operator names any more, and number the others again."""
+    (main,) = model.subgraphs
+    names = [*main.inputs, *main.outputs]
+    for operator in main.operators:
+        names += [*operator.inputs, *operator.outputs]
+    used = sorted({int(tensor) for tensor in names if tensor >= 0})
+    places = {old: new for new, old in enumerate(used)} | {-1: -1}
+    main.tensors = [main.tensors[old] for old in used]
+    for holder in (main, *main.operators):
+        holder.inputs = [places[int(tensor)] for tensor in holder.inputs]
+        holder.outputs = [places[int(tensor)] for tensor in holder.outputs]
+    for signature in model.signatureDefs:
+        for entry in (*signature.inputs, *signature.outputs):
+            entry.tensorIndex = places[int(entry.tensorIndex)]
 
 
 def _refuse_custom(schema: Any, model: Any) -> None:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 NOT_NEGATIVE = ("relu", "relu_", "relu6", "relu6_", "sigmoid")
 SHUFFLED = 16  # channels up to which a pixel shuffle is cheaper as a convolution with zeros and ones
 
+WIDENED = 8192  # weights up to which a convolution is cheaper than a change of layout
+PICKED = "picked"
+
 
 def rewrite(module: GraphModule, keep_weights: bool = False) -> None:
     """Change the module in place.
@@ -159,6 +162,54 @@ def _unshuffle(module: GraphModule, node: Any) -> Any:
     return _call(module, torch.ops.aten.conv2d.default, source, _constant(module, node, weight), None, [factor, factor])
 
 
+def _strided(module: GraphModule, node: Any) -> Any:
+    """Every n-th row and column: a convolution of each channel with a single 1, which XNNPACK can do."""
+    import torch
+
+    here, behind = _step(node), [_step(user) for user in node.users]
+    if here is None or (len(behind) == 1 and behind[0] is not None):  # that one takes both
+        return None
+    source, stride = node.args[0], {2: 1, 3: 1} | dict([here])
+    before = _step(source)
+    if before is not None and before[0] != here[0] and len(source.users) == 1:
+        source, stride = source.args[0], stride | dict([before])
+    channels = source.meta["val"].shape[1]
+    weight = _constant(module, node, torch.ones(channels, 1, 1, 1))
+    steps = [stride[2], stride[3]]
+    made = _call(module, torch.ops.aten.conv2d.default, source, weight, None, steps, [0, 0], [1, 1], channels)
+    made.meta[PICKED] = True
+    return made
+
+
+def _widened(module: GraphModule, node: Any) -> Any:
+    """Channels of zeros around what was just picked: the convolution can make them, and stays in the layout it has."""
+    import torch
+
+    source, ends, *how = _arguments(node)
+    if not source.meta.get(PICKED) or len(ends) != 6 or any(ends[:4]) or (how[0] != "constant" or how[1]):
+        return None
+    data, ones, _, stride = source.args[:4]
+    channels = ones.meta["val"].shape[0]
+    weight = torch.nn.functional.pad(torch.eye(channels), (0, 0, ends[4], ends[5])).reshape(-1, channels, 1, 1)
+    if weight.numel() > WIDENED:
+        return None
+    return _call(module, torch.ops.aten.conv2d.default, data, _constant(module, node, weight), None, stride)
+
+
+def _step(node: Any) -> tuple[int, int] | None:
+    """Axis and step of a slice that takes every n-th row or column of all of them."""
+    import torch
+
+    if str(node.target) != "aten.slice.Tensor":
+        return None
+    source, axis, start, end, step = _arguments(node)
+    value = source.meta["val"]
+    if value.ndim != 4 or value.dtype != torch.float32 or step == 1 or axis % 4 not in (2, 3):
+        return None
+    whole = not start and (end is None or end >= value.shape[axis])
+    return (axis % 4, step) if whole else None
+
+
 def _pooled(module: GraphModule, node: Any) -> Any:
     """After a ReLU the padding may be zeros, which XNNPACK can do, instead of minus infinity."""
     import torch
@@ -296,6 +347,8 @@ RULES: dict[str, Callable[[GraphModule, Any], Any]] = {
     "_upsample_bicubic2d_aa": _separable,
     "pixel_shuffle": _shuffle,
     "pixel_unshuffle": _unshuffle,
+    "slice": _strided,
+    "pad": _widened,
     "max_pool2d": _pooled,
     "mean": _averaged,
     "cat": _joined,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -10,6 +11,8 @@ from edgepack.artifact import reserve
 from edgepack.contracts import Census, Exporter, Graph
 from edgepack.errors import Unsupported, require
 from edgepack.export._dialects import lower_float, refuse_plan
+from edgepack.export._tflite_integer import DIALECTS, float_weights, hold_integers, lower_integers
+from edgepack.export._tflite_quantized import Weight, quantize
 from edgepack.graph import fixed_batch
 
 if TYPE_CHECKING:
@@ -28,9 +31,11 @@ class Tflite(Exporter):
     format: ClassVar[str] = "tflite"
 
     def lower(self, graph: Graph, plan: Plan) -> Graph:
-        refuse_plan(plan, self.format, self.precision)
         _refuse_dynamic(graph)
         graph = fixed_batch(graph)
+        if self.precision == "plan" and plan.nodes:
+            return lower_integers(graph, plan)
+        refuse_plan(plan, self.format, self.precision)
         if self.precision == "float16":
             from edgepack.export._tflite_scales import fold_scales
 
@@ -44,10 +49,15 @@ class Tflite(Exporter):
         from edgepack.export._tflite_file import finish
         from edgepack.export._tflite_form import to_tflite
 
-        half = self.precision == "float16"
-        data = finish(to_tflite(simulation, keep_weights=half), simulation, half, describe=self.normalize)
+        half, change = self.precision == "float16", None
+        form, weights = simulation, list[Weight]()
+        if simulation.dialect in DIALECTS:
+            form, weights = float_weights(simulation)
+            change = partial(quantize, weights=weights)
+        data = finish(to_tflite(form, keep_weights=form is not simulation or half), form, half, self.normalize, change)
         reserve(folder, len(data))
         (folder / MODEL).write_bytes(data)
+        hold_integers((folder / MODEL).read_bytes(), weights)
         found = census((folder / MODEL).read_bytes(), simulation)
         left_bytes = found.weight_bytes.get("float32", 0) if half else 0
         notes = [f"{left_bytes} bytes of biases and constants stay float32"] if left_bytes else []

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from edgepack.contracts import Arrays, Runtime, Session, Step
+from edgepack.contracts import INTEGERS, Arrays, Runtime, Session, Step
 from edgepack.errors import InputError, MissingExtra, require
 from edgepack.runtimes._inputs import Gate
 from edgepack.versions import installed
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from edgepack.artifact import Artifact
 
+DELEGATE = "DELEGATE"
+OUTPUTS = 8  # of a subgraph's table in the schema
 PACKAGES = {"ai-edge-litert": "ai_edge_litert", "tflite-runtime": "tflite_runtime"}
 
 
@@ -43,7 +45,10 @@ class Tflite(Runtime):
         return _Session(self._interpreter(artifact, threads, self.xnnpack), artifact)
 
     def trace(self, artifact: Artifact, inputs: Arrays) -> list[Step]:
-        interpreter = self._interpreter(artifact, None, xnnpack=False, keep=True)
+        if self.xnnpack and artifact.manifest.dialect.startswith(INTEGERS):
+            interpreter = self._showing(artifact)
+        else:
+            interpreter = self._interpreter(artifact, None, xnnpack=False, keep=True)
         session = _Session(interpreter, artifact)
         session.run(inputs)
         nodes = interpreter._get_ops_details()
@@ -59,16 +64,26 @@ class Tflite(Runtime):
                 outputs={str(tensor): interpreter.get_tensor(int(tensor)) for tensor in node["outputs"]},
             )
             for node in nodes
+            if node["op_name"] != DELEGATE
         ]
 
-    def _interpreter(self, artifact: Artifact, threads: int | None, xnnpack: bool, keep: bool = False) -> Any:
+    def _showing(self, artifact: Artifact) -> Any:
+        """XNNPACK rounds integers otherwise than TFLite's own kernels, and keeps no values but outputs."""
+        schema = require("ai_edge_litert.schema_py_generated", "tflite-run")
+
+        return self._interpreter(artifact, None, xnnpack=True, content=all_outputs(schema, artifact.file(".tflite")))
+
+    def _interpreter(
+        self, artifact: Artifact, threads: int | None, xnnpack: bool, keep: bool = False, content: bytes | None = None
+    ) -> Any:
         _, module = _engine()
         path = artifact.file(".tflite")
         kinds = module.OpResolverType
         try:
             with _no_greeting():
                 interpreter = module.Interpreter(
-                    model_path=str(path),
+                    model_path=str(path) if content is None else None,
+                    model_content=content,
                     num_threads=threads,
                     experimental_op_resolver_type=kinds.AUTO if xnnpack else kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
                     experimental_preserve_all_tensors=keep,
@@ -80,6 +95,20 @@ class Tflite(Runtime):
                 f"LiteRT {self.version()} cannot load {path}: {_sentence(error)}", "export again"
             ) from error
         return interpreter
+
+
+def all_outputs(schema: Any, path: Path) -> bytes:
+    """A file whose every computed value is an output: a longer list at its end, and the offset to it."""
+    import numpy as np
+
+    data = bytearray(path.read_bytes())
+    main = schema.Model.GetRootAs(data, 0).Subgraphs(0)
+    operators = [main.Operators(index) for index in range(main.OperatorsLength())]
+    computed = sorted({int(tensor) for operator in operators for tensor in operator.OutputsAsNumpy()})
+    place = main._tab.Pos + main._tab.Offset(OUTPUTS)
+    data += bytes(-len(data) % 4)
+    data[place : place + 4] = np.uint32(len(data) - place).tobytes()
+    return bytes(data + np.uint32(len(computed)).tobytes() + np.array(computed, "<i4").tobytes())
 
 
 @contextmanager
