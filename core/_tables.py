@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from edgepack.compressing import CompressResult
     from edgepack.doctor import Checkup, PartState
     from edgepack.exporting import ExportResult
+    from edgepack.probing import Probe
 
 Values = Mapping[str, Any]
 COLOURS = {"faster": "green", "slower": "red", "cannot tell": "yellow"}
@@ -111,6 +114,32 @@ def checkup_tables(found: Checkup) -> list[Table | str]:
         here = "[green]works[/green]" if meter.reason is None else escape(meter.reason)
         meters.add_row(*_cells(meter.name, meter.scope), here)
     return [packages, machine, meters, *(f"[yellow]note:[/yellow] {escape(problem)}" for problem in found.problems)]
+
+
+def probed(probes: Sequence[Probe]) -> Table:
+    """What engines make of single operators."""
+    table = _table(
+        "operators in 8 and 4 bits", "engine", "operator", "form", "computes", ">× float [95 %]", "verdict", "kernels"
+    )
+    before = ("", "")
+    for one in probes:
+        names = tuple("" if old == new else new for old, new in zip(before, (one.engine, one.operator), strict=True))
+        before = (one.engine, one.operator)
+        word = "as it must" if one.matches else f"[red]{escape(one.reason or f'otherwise, by {one.error:.2g}')}[/red]"
+        ratio = None if one.ratio is None else asdict(one.ratio)
+        judged = _wording.verdict(ratio) + (", left in float faster" if one.beside_left and one.slower else "")
+        colour = COLOURS.get(_wording.verdict(ratio), "default")
+        cells = (
+            *_cells(*names, one.form),
+            word,
+            escape(_wording.ratio(ratio)),
+            f"[{colour}]{escape(judged)}[/{colour}]",
+        )
+        counted = Counter(one.kernels).items()
+        kernels = ", ".join(f"{count} {kernel}" if count > 1 else kernel for kernel, count in counted)
+        table.add_row(*cells, escape(kernels))
+    table.caption = "one thread; × float is the time over that of the float operator of the same size"
+    return table
 
 
 def planned(steps: Sequence[Values]) -> Table:

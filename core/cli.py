@@ -263,14 +263,21 @@ def list_(
     return {"parts": [dataclasses.asdict(state) for state in states]}
 
 
-@verb(examples="edgepack doctor\nedgepack doctor --json")
-def doctor(call: Call) -> Json:
+@verb("force", examples="edgepack doctor\nedgepack doctor --json\nedgepack doctor --probe")
+def doctor(
+    call: Call,
+    probe: Annotated[bool, typer.Option("--probe", help="Try operators in 8 and 4 bits on the engines here.")] = False,
+) -> Json:
     """What is installed, what works on this machine, and what to do about the rest."""
-    from edgepack import _tables, doctor
+    from edgepack import _tables, doctor, probing
 
     found = doctor.checkup()
     call.screen.show(*_tables.checkup_tables(found))
-    return found.to_json()
+    if not probe:
+        return found.to_json()
+    probes = probing.probe(call.screen.progress, force=call.force)
+    call.screen.show(_tables.probed(probes))
+    return {**found.to_json(), "probes": [one.to_json() for one in probes]}
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepack import parts, scoring
+from edgepack import parts, probing, scoring
 from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, Parity, describe_files, replacing
 from edgepack.collector import without_collection
 from edgepack.compressing import BASELINE, COMPRESSED
@@ -207,11 +207,13 @@ class _Stage:
         return self.opened[folder]
 
     def _fingerprint(self, source: Path, exporter: Exporter) -> str:
+        engine = probing.ENGINES.get(exporter.format)
         facts = {
             "source": Artifact.open(source).manifest.files,
             "exporter": [parts.name_of(exporter), parts.options_of(exporter)],
             **({} if exporter.name == BASELINE else self._judged_by()),
             "versions": versions(*PACKAGES),
+            "probe": None if engine is None or exporter.name == BASELINE else probing.digest(engine),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

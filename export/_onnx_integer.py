@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepack.errors import MissingExtra, ParityError, require
 from edgepack.export._qdq import ADDITIONS, CONVOLUTIONS, LEAKY, RELUS, Dialect, _word, planned_integer
+from edgepack.probing import digest, known
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -42,6 +44,23 @@ ONNX_RUNTIME = Dialect(
     every_output=CONVOLUTIONS,
     slow=_slow,
 )
+
+
+def here() -> tuple[Dialect, list[str]]:
+    """The dialect as the stored probe of this machine wants it, and the sentence that says so.
+
+    Operators it takes off the list still run in integers where all around them is: ONNX Runtime sees to that.
+    """
+    mark = digest("onnxruntime")
+    if mark is None:
+        return ONNX_RUNTIME, []
+    found = {word: known("onnxruntime", word.removesuffix("_"), "u8") for word in sorted(ONNX_RUNTIME.integer)}
+    slower = {word for word, probe in found.items() if probe is not None and probe.slower}
+    left = f": slower in integers are {', '.join(sorted({word.removesuffix('_') for word in slower}))}"
+    note = f"operators without weights were chosen by probe {mark} of this machine{left if slower else ''}"
+    return replace(ONNX_RUNTIME, integer=ONNX_RUNTIME.integer - slower), [note]
+
+
 KERNELS = {
     "conv": ("QLinearConv", "ConvInteger"),
     "linear": ("QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeMatMul"),

@@ -11,7 +11,7 @@ from edgepack.contracts import Census, Exporter, Graph
 from edgepack.export._dialects import lower_float
 from edgepack.export._onnx_census import census
 from edgepack.export._onnx_form import LIMIT_BYTES, to_onnx
-from edgepack.export._onnx_integer import ONNX_RUNTIME, fused, hold_integers
+from edgepack.export._onnx_integer import ONNX_RUNTIME, fused, here, hold_integers
 from edgepack.export._onnx_slim import slim, store_half
 from edgepack.export._qdq import quantized
 
@@ -42,7 +42,7 @@ class Onnx(Exporter):
 
     def lower(self, graph: Graph, plan: Plan) -> Graph:
         if self.precision == "plan" and plan.nodes:
-            return quantized(graph, plan, ONNX_RUNTIME)
+            return quantized(graph, plan, here()[0])
         return lower_float(graph, self.precision)
 
     def write(self, simulation: Graph, folder: Path) -> Census:
@@ -55,7 +55,7 @@ class Onnx(Exporter):
         notes = [f"{left_bytes} bytes of biases and constants stay float32"] if left_bytes else []
         if simulation.dialect == ONNX_RUNTIME.name:
             hold_integers(folder / MODEL, simulation)
-            notes += fused(folder / MODEL, simulation)
+            notes += [*fused(folder / MODEL, simulation), *here()[1]]
         return census(folder / MODEL, notes)
 
 

@@ -1,4 +1,4 @@
-"""The command line as a function, for every test that calls it."""
+"""The command line as a function, for every test that calls it; nothing stored on this machine changes a test."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from edgepack import _console, cli
 pytest.register_assert_rewrite("_folding", "_lifting", "_reading", "_tflite_files")
 
 Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache folder: exporters would follow what a probe of this machine stored in the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture
