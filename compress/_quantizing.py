@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from edgepack.task import Task
 
 OTHERS = ("minmax", "percentile")  # read from a histogram in no time
+BITS = 8
 BIAS_STEPS = 2.0**26  # a bias is at most this many steps of its 32-bit grid
 Range = tuple[float, float]
 
@@ -58,7 +59,7 @@ class Quantizing:
         before = remember(graph, _parameters(module, graph), scales) if self.options.explain else {}
         biases = _biases(graph, _parameters(module, graph), scales) if self.options.bias_correct else {}
         correction = Correction(
-            graph.program.module(check_guards=False), means, biases, _fake(ranges, _inputs(graph)),
+            graph.program.module(check_guards=False), means, biases, self._activations(ranges, graph),
             functools.partial(self._round, scales=scales, weights=weights),
         )  # fmt: skip
         with torch.no_grad():
@@ -178,18 +179,20 @@ class Quantizing:
         return None
 
     def _plan(self, graph: Graph, ranges: Mapping[str, Range], scales: Mapping[str, Tensor]) -> None:
-        plan, bits, names = self.run_.plan, self.options.bits, _inputs(graph)
+        plan, form, names = self.run_.plan, self.options.form, _inputs(graph)
         module = graph.program.module(check_guards=False)
         for node in module.graph.nodes:
             if not (floating(node) or node.op == "placeholder"):
                 continue
             entry: dict[str, Any] = {"operator": word(node) if node.op == "call_function" else "input"}
             name = names.get(node.name, node.name)
-            if name in ranges:
+            if name in ranges and form != "float":
                 low, high = ranges[name]
-                entry["range"] = {"low": low, "high": high, "bits": bits}
+                entry["range"] = {"low": low, "high": high, "bits": BITS}
             if node.name in scales:
-                entry["weight"] = {"bits": bits, "axis": 0}
+                entry["weight"] = {"bits": BITS, "axis": 0}
+                if form != "static":
+                    entry["activations"] = form
                 plan.tensors[f"{node.name}/weight_scale"] = scales[node.name].numpy()
             if node.name in self.left:
                 entry["float"] = self.left[node.name]
@@ -197,6 +200,12 @@ class Quantizing:
         if missing := (set(scales) | set(ranges)) - set(plan.nodes):
             raise AssertionError(f"captured again, the network lacks {sorted(missing)}")
         self.run_.note(f"8-bit weights in {len(scales)} layers, {len(self.left)} left in float")
+
+    def _activations(self, ranges: Mapping[str, Range], graph: Graph) -> Callable[[fx.Node, Tensor], Tensor]:
+        """What rounding of activations does to the layers behind it, as far as it is the same for all engines."""
+        if self.options.form == "static":
+            return _fake(ranges, _inputs(graph))
+        return _fake_found if self.options.form == "dynamic" else _as_it_is
 
     def _progress(self, text: str) -> Any:
         assert self.task.calibration is not None
@@ -273,7 +282,19 @@ def _step(low: float, high: float) -> tuple[float, int]:
     return scale, round(-low / scale)
 
 
-def _fake(ranges: Mapping[str, Range], names: Mapping[str, str]) -> Any:
+def _as_it_is(node: fx.Node, value: Tensor) -> Tensor:
+    return value
+
+
+def _fake_found(node: fx.Node, value: Tensor) -> Tensor:
+    """Round what a weighted operator reads, in the range it has."""
+    if value.dtype != torch.float32 or not any(operator_of(user) in WEIGHTED for user in node.users):
+        return value
+    low, high = (float(end) for end in value.aminmax())
+    return torch.fake_quantize_per_tensor_affine(value, *_step(min(low, 0.0), max(high, 0.0)), 0, 255)
+
+
+def _fake(ranges: Mapping[str, Range], names: Mapping[str, str]) -> Callable[[fx.Node, Tensor], Tensor]:
     """Round what engines round: every result but those that the next operator is fused with."""
 
     def quantize(node: fx.Node, value: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from edgepack.task import Task
 
 CALIBRATIONS = ("minmax", "percentile", "mse", "entropy")
+ACTIVATIONS = ("static", "dynamic")
 ROUNDINGS = ("nearest", "gptq")
 
 
@@ -29,12 +30,17 @@ class Quantize(Pass):
     scale per output channel); each exporter makes integers of it as its engine wants them.
 
     Attributes:
-        bits: of weights and activations; 8.
-        activations: ``static``: ranges are fixed now, from ``task.calibration``.
+        bits: of weights and activations; 8, also when nothing is said.
+        weight_bits: instead of ``bits``: of weights; 8.
+        activation_bits: with ``weight_bits``: of activations; 8, or left out to leave them float: files of a quarter
+            of the size that compute in float.
+        activations: ``static``: ranges are fixed now, from ``task.calibration``. ``dynamic``: linear layers find the
+            range of what they read when they run; convolutions keep fixed ranges where the engine is slow otherwise.
         calibrate: how ranges are read from what was seen: ``minmax`` (all of it), ``percentile`` (99.99 %), ``mse``
             (least squared error), ``entropy`` (least divergence of the distribution).
         rounding: of weights: ``nearest``, or ``gptq``: columns in turn, each error passed on to those that follow.
-        equalize: bring the channels between two layers to one size where that leaves the network the same.
+        equalize: bring the channels between two layers, or between a layer norm and the linear layers behind it, to
+            one size where that leaves the network the same.
         bias_correct: take the mean error of each output channel out of its bias.
         explain: find out per layer what rounding costs and why, and try remedies, on a few samples; for the report.
         leave: names of layers to leave in float, with ``*`` and ``?``; a name also covers what is inside it.
@@ -42,7 +48,9 @@ class Quantize(Pass):
 
     stage: ClassVar[int] = 90
 
-    bits: int = 8
+    bits: int | None = None
+    weight_bits: int | None = None
+    activation_bits: int | None = None
     activations: str = "static"
     calibrate: str = "mse"
     rounding: str = "gptq"
@@ -52,10 +60,14 @@ class Quantize(Pass):
     leave: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.bits != 8:
-            raise ValueError(f"bits is 8, not {self.bits!r}")
-        if self.activations != "static":
-            raise ValueError(f"activations is 'static', not {self.activations!r}")
+        self._check_bits()
+        if self.activations not in ACTIVATIONS:
+            raise ValueError(f"activations is one of {', '.join(ACTIVATIONS)}, not {self.activations!r}")
+        if self.form == "float" and self.activations != "static":
+            raise ValueError(
+                f"activations = {self.activations!r} says how activations are rounded, but weight_bits without "
+                "activation_bits leaves them float"
+            )
         if self.calibrate not in CALIBRATIONS:
             raise ValueError(f"calibrate is one of {', '.join(CALIBRATIONS)}, not {self.calibrate!r}")
         if self.rounding not in ROUNDINGS:
@@ -63,6 +75,20 @@ class Quantize(Pass):
         if isinstance(self.leave, str) or not all(isinstance(name, str) and name for name in self.leave):
             raise ValueError(f"leave is a list of layer names or patterns, not {self.leave!r}")
         object.__setattr__(self, "leave", tuple(self.leave))
+
+    def _check_bits(self) -> None:
+        for name in ("bits", "weight_bits", "activation_bits"):
+            if getattr(self, name) not in (None, 8):
+                raise ValueError(f"{name} is 8, not {getattr(self, name)!r}")
+        if self.bits is not None and (self.weight_bits is not None or self.activation_bits is not None):
+            raise ValueError("bits is for weights and activations; give it, or weight_bits with activation_bits")
+        if self.activation_bits is not None and self.weight_bits is None:
+            raise ValueError("activation_bits needs weight_bits")
+
+    @property
+    def form(self) -> str:
+        """How activations are rounded: ``static``, ``dynamic``, or ``float`` for not at all."""
+        return "float" if self.weight_bits is not None and self.activation_bits is None else self.activations
 
     def check(self, module: nn.Module, task: Task) -> None:
         """Refuse a task without calibration data, and a name in ``leave`` that no layer has."""

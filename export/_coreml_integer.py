@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from edgepack.errors import ParityError, Unsupported
-from edgepack.export._qdq import ADDITIONS, LEAKY, RELUS, Dialect, Grid, planned_integer, quantized
+from edgepack.export._qdq import ADDITIONS, CONVOLUTIONS, LEAKY, PRODUCTS, RELUS, Dialect, Grid, planned_integer, quantized
 
 if TYPE_CHECKING:
     from edgepack.contracts import Graph
@@ -30,7 +30,7 @@ class Centred(Dialect):
         return super().grid(low, high, step)
 
 
-COREML = Centred("u8s8-coreml", fused=RELUS | LEAKY, integer=ADDITIONS, float_bias=True)
+COREML = Centred("u8s8-coreml", fused=RELUS | LEAKY, integer=ADDITIONS, float_bias=CONVOLUTIONS | PRODUCTS)
 WEIGHTS = "w8"
 CENTRED = 1.25  # times the step of a grid with a zero point; behind a leaky ReLU it would be about 2
 KINDS = {"conv": ("conv", "conv_transpose"), "linear": ("linear", "matmul")}

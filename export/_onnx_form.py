@@ -19,8 +19,11 @@ LIMIT_BYTES = 2**31 - 1
 NOISY = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
 
 
-def to_onnx(graph: Graph, opset: int) -> onnx.ModelProto:
+def to_onnx(graph: Graph, opset: int, translations: Mapping[Any, Any] | None = None) -> onnx.ModelProto:
     """An ONNX model whose inputs, outputs and dynamic axes are called what the graph calls them.
+
+    Args:
+        translations: operator of PyTorch → function of onnxscript, for those that torch.onnx has no form of.
 
     Raises:
         Unsupported: an operator has no ONNX form (named), or the model is over protobuf's limit of 2 GiB.
@@ -46,6 +49,7 @@ def to_onnx(graph: Graph, opset: int) -> onnx.ModelProto:
                 opset_version=opset,
                 input_names=[spec.name for spec in graph.inputs],
                 output_names=[spec.name for spec in graph.outputs],
+                custom_translation_table=dict(translations or {}),
             )
     except torch.onnx.OnnxExporterError as error:
         raise Unsupported(_reason(error), "export to another format, or replace the operator") from error

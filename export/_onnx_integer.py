@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepack.errors import MissingExtra, ParityError, require
-from edgepack.export._qdq import ADDITIONS, CONVOLUTIONS, LEAKY, RELUS, Dialect, _word, planned_integer
+from edgepack.export._qdq import ADDITIONS, CONVOLUTIONS, LEAKY, NORMS, RELUS, Dialect, _word, planned_integer
 from edgepack.probing import digest, known
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ ONNX_RUNTIME = Dialect(
     same_step=LEAKY,
     every_output=CONVOLUTIONS,
     slow=_slow,
+    both=NORMS,
+    float_bias=frozenset({"matmul"}),  # an int32 one would be made float in every run
+    dynamic=frozenset({"linear"}),
 )
 
 
@@ -83,7 +86,7 @@ def hold_integers(path: Path, simulation: Graph) -> None:
     found = sum(
         _reads_integers(node, makers, integers)
         for node in model.graph.node
-        if node.op_type in ("Conv", "Gemm", "MatMul")
+        if node.op_type in ("Conv", "Gemm", "MatMul", "MatMulInteger")
     )
     planned = sum(planned_integer(simulation).values())
     if found < planned:
@@ -91,10 +94,10 @@ def hold_integers(path: Path, simulation: Graph) -> None:
 
 
 def _reads_integers(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto], integers: set[str]) -> bool:
-    maker = makers.get(node.input[1])
-    while maker is not None and maker.op_type in ("Transpose", "Reshape"):
-        maker = makers.get(maker.input[0])
-    return maker is not None and maker.op_type == "DequantizeLinear" and maker.input[0] in integers
+    name = node.input[1]
+    while name in makers and makers[name].op_type in ("Transpose", "Reshape", "DequantizeLinear", "Mul", "Cast"):
+        name = makers[name].input[0]
+    return name in integers
 
 
 def fused(path: Path, simulation: Graph) -> list[str]:
@@ -108,6 +111,8 @@ def fused(path: Path, simulation: Graph) -> list[str]:
     except MissingExtra:
         return []
     operators = _optimized(ort, path)
+    if simulation.dialect == ONNX_RUNTIME.forms["float"]:
+        return _loaded(ort, operators)
     planned = planned_integer(simulation)
     for kind, kernels in KERNELS.items():
         wanted = sum(count for word, count in planned.items() if word.startswith(kind))
@@ -122,6 +127,13 @@ def fused(path: Path, simulation: Graph) -> list[str]:
     slow = sum(_slow(node) for node in simulation.program.graph.nodes if node.op == "call_function")
     faster = f"; in float, where they are faster: {slow} Conv" if slow else ""
     return [f"ONNX Runtime {ort.__version__} runs {integer}{faster}"]
+
+
+def _loaded(ort: Any, operators: Counter[str]) -> list[str]:
+    left = operators["DequantizeLinear"] + operators["Cast"]
+    if left:
+        raise ParityError(f"ONNX Runtime {ort.__version__} makes {left} weights float in every run, not once")
+    return [f"ONNX Runtime {ort.__version__} makes the weights float when it loads the file and computes in float"]
 
 
 def _is_integer(name: str) -> bool:

@@ -5,6 +5,7 @@ The simulation computes what the artifact must compute, and the artifact is writ
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 INT32 = 2**31 - 1
 OFF_TIES = 1 + 1 / 4096  # 0.1 · 5 steps would be halfway between two; 255 steps are still the nearest to 255
+LEAST_STEP = 1e-30
 GRID_ERROR = 1e-6  # of a scale; how far from its grid a weight may be
 
 
@@ -40,9 +42,12 @@ class Dialect:
         same_step: of ``fused`` or ``integer``, those whose result is quantized in the step of what they read, so
             that values they pass unchanged are not rounded twice.
         every_output: weighted operators whose result must be quantized for the engine to compute in integers.
+        both: float operators whose result is quantized for integer readers alone; the others read it as it is.
+        float_bias: weighted operators whose bias the engine adds in float; ``matmul`` is a linear layer on three or
+            more axes.
+        dynamic: weighted operators the engine computes with activations rounded in ranges found at run time.
         signed: activations are integers from −128 to 127, not from 0 to 255.
         symmetric: 0 is the integer 0, and −128 is not used; signed only.
-        float_bias: biases stay float32; else they are int32.
         slow: whether the engine computes a weighted operator faster in float than in integers, by measurement; such
             operators stay float.
         detour: sums an engine computes in one with the weighted operator before them, whose result stays float; only
@@ -54,11 +59,18 @@ class Dialect:
     integer: frozenset[str]
     same_step: frozenset[str] = frozenset()
     every_output: frozenset[str] = frozenset()
+    both: frozenset[str] = frozenset()
+    float_bias: frozenset[str] = frozenset()
+    dynamic: frozenset[str] = frozenset()
     signed: bool = False
     symmetric: bool = False
-    float_bias: bool = False
     slow: Callable[[Node], bool] = lambda node: False
     detour: frozenset[str] = frozenset()
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """Name of the dialect by what the plan says of activations."""
+        return {"static": self.name, "dynamic": f"d8{self.name[2:]}", "float": WEIGHTS_ONLY}
 
     @property
     def lowest(self) -> int:
@@ -78,10 +90,13 @@ class Dialect:
         return Grid(step, int(np.clip(round(self.lowest - low / step), self.lowest, self.highest)))
 
 
+WEIGHTS_ONLY = "w8"
 RELUS = frozenset({"relu", "relu_", "hardtanh", "hardtanh_", "relu6", "relu6_"})
 LEAKY = frozenset({"leaky_relu", "leaky_relu_"})
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 ADDITIONS = frozenset({"add", "add_"})
+NORMS = frozenset({"layer_norm"})
+PRODUCTS = frozenset({"linear", "matmul"})
 
 
 @dataclass(frozen=True)
@@ -105,7 +120,7 @@ def quantized(graph: Graph, plan: Plan, dialect: Dialect) -> Graph:
     writer = _Writer(module, aligned(module, plan), plan, dialect)
     writer.run()
     _drop_unused(module)
-    return replace(retrace(graph, module), dialect=dialect.name)
+    return replace(retrace(graph, module), dialect=writer.form())
 
 
 def aligned(module: GraphModule, plan: Plan) -> dict[Node, str]:
@@ -153,16 +168,57 @@ class _Writer:
         self._mark()
         pairs = {node: self._quantize(node, grid) for node, grid in self.grids.items()}
         shared: dict[tuple[str, str], Node] = {}
+        ranged: dict[Node, Node] = {}
         for node in self._weighted():
             self._store(node, pairs, shared)
+            if self._activations(node) == "dynamic":
+                node.update_arg(0, self._ranged(node.args[0], ranged))
+
+    def form(self) -> str:
+        """The dialect's name, for what was written."""
+        found = {self._activations(node) for node in self._weighted()}
+        return self.dialect.forms[next(kind for kind in ("dynamic", "static", "float") if kind in found or not found)]
+
+    def _activations(self, node: Node) -> str:
+        """How the activations that a weighted operator reads are rounded: ``static``, ``dynamic`` or ``float``."""
+        asked = str(self._entry(node).get("activations", "static"))
+        if asked != "dynamic" or _word(node) in self.dialect.dynamic:
+            return asked
+        if _word(node) in CONVOLUTIONS and self.dialect.dynamic:
+            return "static"  # engines that find ranges of rows fast do so slowly for images
+        raise Unsupported(
+            f"this format has no {_word(node)} that rounds activations in ranges found at run time ({node.name})",
+            "activations = 'static' in quantize",
+        )
+
+    def _static(self, node: Node) -> bool:
+        """Whether an operator with weights is computed in integers whose grids are known."""
+        return node in self.names and self._stored(node) and self._activations(node) == "static"
+
+    def _ranged(self, node: Any, done: dict[Node, Node]) -> Node:
+        """A value rounded in the range it has, 0 inside."""
+        import torch
+
+        if node not in done:
+            operators, add = torch.ops.quantized_decomposed, self.module.graph.call_function
+            how = (0, 255, torch.uint8)
+            with self.module.graph.inserting_after(node):
+                found = add(operators.choose_qparams.tensor, (node, 0, 255, LEAST_STEP, torch.uint8))
+            with self.module.graph.inserting_after(found):
+                zero = add(operator.getitem, (found, 1))
+                step = add(operator.getitem, (found, 0))
+            with self.module.graph.inserting_after(zero):
+                stored = add(operators.quantize_per_tensor.tensor, (node, step, zero, *how))
+            with self.module.graph.inserting_after(stored):
+                done[node] = add(operators.dequantize_per_tensor.tensor, (stored, step, zero, *how))
+        return done[node]
 
     def _weighted(self) -> list[Node]:
-        return [node for node in self.names if "weight" in self._entry(node) and not self.dialect.slow(node)]
+        return [node for node in self.names if self._stored(node)]
 
-    def _computed(self, node: Node) -> bool:
-        """Whether an operator with weights is computed in integers."""
-        entry = self._entry(node)
-        return "weight" in entry and entry.get("activations") != "float" and not self.dialect.slow(node)
+    def _stored(self, node: Node) -> bool:
+        """Whether an operator reads integer weights."""
+        return "weight" in self._entry(node) and not self.dialect.slow(node)
 
     def _entry(self, node: Node) -> Mapping[str, Any]:
         return self.plan.nodes[self.names[node]]
@@ -172,9 +228,9 @@ class _Writer:
         for node in list(self.module.graph.nodes):
             if node not in self.names:
                 continue
-            if self._entry(node).get("activations") == "float":
-                continue
-            if self._computed(node):
+            if "weight" in self._entry(node):
+                if not self._static(node):
+                    continue
                 self._mark_one(node.args[0], node)
                 if _word(node) in self.dialect.every_output:
                     self._mark_result(node)
@@ -191,7 +247,7 @@ class _Writer:
         if len(ways) != 2 or not all(self._integer(way) for way in ways):
             return
         order = {before: place for place, before in enumerate(self.module.graph.nodes)}
-        ends = [way for way in ways if way in self.names and self._computed(way) and len(way.users) == 1]
+        ends = [way for way in ways if way in self.names and self._static(way) and len(way.users) == 1]
         last = max(ends, key=lambda way: order[way], default=None)
         for way in ways:
             if way is not last:
@@ -201,7 +257,9 @@ class _Writer:
         """Whether a value is, or can be, the result of an integer operator or a rearrangement of one."""
         while _word(node) in PASSING and isinstance(node.args[0], type(node)) and node not in self.grids:
             node = node.args[0]
-        return node in self.grids or (node in self.names and self._computed(node))
+        if _word(node) in self.dialect.both:
+            return False
+        return node in self.grids or self._static(node)
 
     def _mark_result(self, node: Node) -> None:
         behind = next(iter(node.users)) if len(node.users) == 1 else None
@@ -222,7 +280,7 @@ class _Writer:
         operators = torch.ops.quantized_decomposed
         kind = torch.int8 if self.dialect.signed else torch.uint8
         how = (grid.step, grid.zero, self.dialect.lowest, self.dialect.highest, kind)
-        users = list(node.users)
+        users = [user for user in node.users if self._reads_integers(user, node)]
         with self.module.graph.inserting_after(node):
             stored = self.module.graph.call_function(operators.quantize_per_tensor.default, (node, *how))
         with self.module.graph.inserting_after(stored):
@@ -231,6 +289,12 @@ class _Writer:
             user.replace_input_with(node, value)
         return value
 
+    def _reads_integers(self, user: Node, node: Node) -> bool:
+        """Whether a reader of a quantized value takes what was rounded."""
+        if _word(node) not in self.dialect.both:
+            return True
+        return self._static(user)
+
     def _store(self, node: Node, pairs: Mapping[Node, Node], shared: dict[tuple[str, str], Node]) -> None:
         """Weight and bias of one operator as integers."""
         weight: Any = node.args[1]
@@ -238,7 +302,7 @@ class _Writer:
         scale = self.plan.tensors[f"{self.names[node]}/weight_scale"]
         where = str(weight.target)
         node.update_arg(1, self._integers(node, where, _on_grid(self._values(weight), scale, where), scale, shared))
-        if bias is None or self.dialect.float_bias or self._entry(node).get("activations") == "float":
+        if bias is None or not self._static(node) or _kind(node) in self.dialect.float_bias:
             return
         source = next(before for before, after in pairs.items() if after is node.args[0])
         steps = (scale * np.float32(self.grids[source].step)).astype(np.float32)
@@ -263,8 +327,8 @@ class _Writer:
                     _assign(self.module, f"{prefix}_{suffix}", torch.from_numpy(np.ascontiguousarray(array)))
                     held.append(self.module.graph.get_attr(f"{prefix}_{suffix}"))
                 low, high = (-127, 127) if kind is torch.int8 else (-INT32 - 1, INT32)
-                operator = torch.ops.quantized_decomposed.dequantize_per_channel.default
-                shared[key] = self.module.graph.call_function(operator, (*held, 0, low, high, kind))
+                wide = torch.ops.quantized_decomposed.dequantize_per_channel.default
+                shared[key] = self.module.graph.call_function(wide, (*held, 0, low, high, kind))
         return shared[key]
 
     def _values(self, node: Node) -> Array:
@@ -315,6 +379,11 @@ def _placeholder(node: Node) -> Node | None:
 
 def _word(node: Node) -> str:
     return str(node.target).removeprefix("aten.").partition(".")[0]
+
+
+def _kind(node: Node) -> str:
+    """A linear layer on rows of more than one axis is a matrix product to most engines."""
+    return "matmul" if _word(node) == "linear" and node.meta["val"].dim() > 2 else _word(node)
 
 
 def planned_integer(simulation: Graph) -> Counter[str]:

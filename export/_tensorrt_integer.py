@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgepack.errors import Unsupported
-from edgepack.export._qdq import ADDITIONS, Dialect, quantized
+from edgepack.export._qdq import ADDITIONS, CONVOLUTIONS, PRODUCTS, Dialect, quantized
 
 if TYPE_CHECKING:
     from edgepack.contracts import Graph
@@ -35,7 +35,7 @@ TENSORRT = Symmetric(
     detour=ADDITIONS,
     signed=True,
     symmetric=True,
-    float_bias=True,
+    float_bias=CONVOLUTIONS | PRODUCTS,
 )
 REASONS = {
     "dynamic": "to round its activations while it runs, which TensorRT cannot",

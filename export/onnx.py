@@ -12,6 +12,7 @@ from edgepack.export._dialects import lower_float
 from edgepack.export._onnx_census import census
 from edgepack.export._onnx_form import LIMIT_BYTES, to_onnx
 from edgepack.export._onnx_integer import ONNX_RUNTIME, fused, here, hold_integers
+from edgepack.export._onnx_products import translations, use_casts, use_integer_products
 from edgepack.export._onnx_slim import slim, store_half
 from edgepack.export._qdq import quantized
 
@@ -46,17 +47,27 @@ class Onnx(Exporter):
         return lower_float(graph, self.precision)
 
     def write(self, simulation: Graph, folder: Path) -> Census:
-        model = to_onnx(simulation, self.opset)
+        model = _model(simulation, self.opset)
         left_bytes = store_half(model.graph) if self.precision == "float16" else 0
         slim(model)
         if self.normalize:
             _describe(model, simulation)
         (folder / MODEL).write_bytes(_checked(model))
         notes = [f"{left_bytes} bytes of biases and constants stay float32"] if left_bytes else []
-        if simulation.dialect == ONNX_RUNTIME.name:
+        if simulation.dialect in ONNX_RUNTIME.forms.values():
             hold_integers(folder / MODEL, simulation)
             notes += [*fused(folder / MODEL, simulation), *here()[1]]
         return census(folder / MODEL, notes)
+
+
+def _model(simulation: Graph, opset: int) -> onnx.ModelProto:
+    forms = ONNX_RUNTIME.forms
+    model = to_onnx(simulation, opset, translations() if simulation.dialect == forms["dynamic"] else None)
+    if simulation.dialect == forms["dynamic"]:
+        use_integer_products(model)
+    elif simulation.dialect == forms["float"]:
+        use_casts(model)
+    return model
 
 
 def _describe(model: onnx.ModelProto, graph: Graph) -> None:

@@ -20,7 +20,7 @@ from edgepack.contracts import Census, Exporter, Graph
 from edgepack.errors import Unsupported, require
 from edgepack.export._dialects import exact_half, lower_float
 from edgepack.export._onnx_form import to_onnx
-from edgepack.export._openvino_integer import OPENVINO, hold_integers
+from edgepack.export._openvino_integer import OPENVINO, drop_zeros, hold_integers
 from edgepack.export._openvino_slim import slim
 from edgepack.export._qdq import quantized
 
@@ -54,6 +54,9 @@ class Openvino(Exporter):
         if self.precision == "float16" and _store_half(ov, model) > FUSED_SHARE * _weight_bytes(model):
             model = _convert(ov, simulation, fuse=False)
             _store_half(ov, model)
+        integers = simulation.dialect in OPENVINO.forms.values()
+        if integers:
+            drop_zeros(model)
         _name(ov, model, simulation)
         if self.normalize:
             _describe(model, simulation)
@@ -61,7 +64,7 @@ class Openvino(Exporter):
         reserve(folder, _weight_bytes(model) + BYTES_PER_NODE * len(model.get_ops()))
         ov.save_model(model, folder / MODEL, compress_to_fp16=False)
         slim(folder / MODEL, {spec.name for spec in (*simulation.inputs, *simulation.outputs)})
-        notes = hold_integers(ov, folder / MODEL, simulation) if simulation.dialect == OPENVINO.name else ()
+        notes = hold_integers(ov, folder / MODEL, simulation) if integers else ()
         return _census(ov, folder / MODEL, notes)
 
 
@@ -69,7 +72,7 @@ def _convert(ov: Any, graph: Graph, fuse: bool = True) -> Any:
     try:
         with warnings.catch_warnings(), _quiet_root():
             warnings.simplefilter("ignore")
-            if graph.dialect == OPENVINO.name:
+            if graph.dialect in OPENVINO.forms.values():
                 # Its reader of ONNX makes FakeQuantize of the pairs, that of PyTorch programs does not.
                 return ov.convert_model(io.BytesIO(to_onnx(graph, OPSET).SerializeToString()))
             if _recurrent(graph):
