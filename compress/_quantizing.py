@@ -21,6 +21,7 @@ from edgepack.compress._observe import observe_channels, observe_ends, observe_h
 from edgepack.compress._operators import WEIGHTED, aten, floating, only_reader, passes, slope, word
 from edgepack.compress._ranges import METHODS, Histogram
 from edgepack.compress._sensitivity import Sensitivity, remember, sentences
+from edgepack.compress._smooth import norms, smooth
 from edgepack.errors import InputError, Unsupported
 from edgepack.graph import capture
 
@@ -51,6 +52,7 @@ class Quantizing:
         _give_biases(view)
         if self.options.equalize:
             self._equalize(module)
+            self._smooth(module)
         graph = capture(module, self.task)
         ranges = self._calibrate(graph)
         inputs = sample(graph, self.task)
@@ -102,6 +104,15 @@ class Quantizing:
         changes = [equalize(pair, *seen[pair.read.name]) for pair in found]
         if changes:
             self.run_.note(f"equalized {len(changes)} pairs of layers; largest change of a channel {max(changes):.3g}×")
+
+    def _smooth(self, module: nn.Module) -> None:
+        graph = capture(module, self.task)
+        found = norms(graph.program.graph, _parameters(module, graph))
+        axes = {norm.node.name: len(shape(norm.node)) - 1 for norm in found}
+        seen = observe_channels(graph, self.task, axes, self._progress("looking at norms")) if found else {}
+        changes = [smooth(norm, *seen[norm.node.name]) for norm in found]
+        if changes:
+            self.run_.note(f"smoothed {len(changes)} layer norms; largest change of a channel {max(changes):.3g}×")
 
     def _calibrate(self, graph: Graph) -> dict[str, Range]:
         """Range of every float result and input."""

@@ -12,7 +12,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from edgepack.errors import ParityError, Unsupported
-from edgepack.export._qdq import ADDITIONS, CONVOLUTIONS, LEAKY, PRODUCTS, RELUS, Dialect, Grid, planned_integer, quantized
+from edgepack.export._qdq import (
+    ADDITIONS,
+    CONVOLUTIONS,
+    LEAKY,
+    PRODUCTS,
+    RELUS,
+    Dialect,
+    Grid,
+    planned_integer,
+    quantized,
+)
 
 if TYPE_CHECKING:
     from edgepack.contracts import Graph
