@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,15 @@ import numpy as np
 
 from edgepack.contracts import Graph
 from edgepack.errors import ParityError, require
-from edgepack.export._dialects import _assign, _attribute, retrace
-from edgepack.export._qdq import ADDITIONS, CONVOLUTIONS, LEAKY, RELUS, Dialect, quantized
+from edgepack.export._dialects import _assign, _attribute, _groups, retrace
+from edgepack.export._qdq import ADDITIONS, CONVOLUTIONS, LEAKY, RELUS, Dialect, _word, aligned, quantized
 from edgepack.export._tflite_file import constant
 from edgepack.export._tflite_quantized import WEIGHTED, Weight
 from edgepack.export._tflite_ranges import harmonized, with_slopes
 
 if TYPE_CHECKING:
+    from torch.fx import GraphModule, Node
+
     from edgepack.plan import Plan
 
 MEANS = frozenset({"mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d"})
@@ -29,13 +32,58 @@ TFLITE = Dialect(
     every_output=CONVOLUTIONS | {"linear"},
     signed=True,
 )
-DIALECTS = (TFLITE.name,)
+DYNAMIC, WEIGHTS_ONLY = replace(TFLITE, name="d8s8-tflite"), replace(TFLITE, name="w8-tflite")
+DIALECTS = (TFLITE.name, DYNAMIC.name, WEIGHTS_ONLY.name)
 
 
 def lower_integers(graph: Graph, plan: Plan) -> Graph:
     """The simulation. Raises Unsupported where the plan asks for what TFLite lacks."""
+    forms = {entry.get("activations", "static") for entry in plan.nodes.values() if "weight" in entry}
+    dialect = TFLITE if "static" in forms else DYNAMIC if "dynamic" in forms else WEIGHTS_ONLY
     graph = with_slopes(graph, plan)
-    return quantized(graph, harmonized(graph, plan), TFLITE)
+    nodes = {name: _fixed(entry) for name, entry in harmonized(graph, plan).nodes.items()}
+    simulation = quantized(graph, replace(plan, nodes=nodes), dialect)
+    return _rounding(simulation, plan) if "dynamic" in forms else simulation
+
+
+def _fixed(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What is rounded at run time reads floats, as far as ranges are concerned."""
+    return {**entry, "activations": "float"} if entry.get("activations") == "dynamic" else dict(entry)
+
+
+def _rounding(simulation: Graph, plan: Plan) -> Graph:
+    """Round what operators with dynamic activations read as XNNPACK does: rows of a linear layer, whole images."""
+    module = simulation.program.module(check_guards=False)
+    rounded: dict[tuple[Node, bool], Node] = {}
+    for node, name in aligned(module, plan).items():
+        if plan.nodes[name].get("activations") != "dynamic" or not _dynamic(node):
+            continue
+        source: Any = node.args[0]
+        key = (source, _word(node) == "linear")
+        with module.graph.inserting_before(node):
+            if key not in rounded:
+                rounded[key] = _rounded(module, source, whole=not key[1])
+        node.update_arg(0, rounded[key])
+    return replace(retrace(simulation, module), dialect=simulation.dialect)
+
+
+def _dynamic(node: Node) -> bool:
+    """Whether XNNPACK rounds at run time for an operator; others keep float activations."""
+    return _word(node) == "linear" or (_word(node) == "conv2d" and _groups(node) == 1)
+
+
+def _rounded(module: GraphModule, source: Node, whole: bool) -> Node:
+    import torch
+
+    operators = torch.ops.quantized_decomposed
+    call = module.graph.call_function
+    rows = call(torch.ops.aten.flatten.using_ints, (source, 1)) if whole else source
+    how = call(operators.choose_qparams_per_token_asymmetric.default, (rows, torch.int8))
+    step, zero = call(operator.getitem, (how, 0)), call(operator.getitem, (how, 1))
+    limits = (step, zero, -128, 127, torch.int8)
+    stored = call(operators.quantize_per_token.default, (rows, *limits))
+    value = call(operators.dequantize_per_token.default, (stored, *limits, torch.float32))
+    return call(torch.ops.aten.view_as.default, (value, source)) if whole else value
 
 
 def float_weights(simulation: Graph) -> tuple[Graph, list[Weight]]:
@@ -43,19 +91,45 @@ def float_weights(simulation: Graph) -> tuple[Graph, list[Weight]]:
     import torch
 
     module = simulation.program.module(check_guards=False)
-    operator = torch.ops.quantized_decomposed.dequantize_per_channel.default
-    weights = []
-    for node in list(module.graph.find_nodes(op="call_function", target=operator)):
+    to_floats = torch.ops.quantized_decomposed.dequantize_per_channel.default
+    weights, forms = [], _forms(module)
+    for node in list(module.graph.find_nodes(op="call_function", target=to_floats)):
         integers, scale = (_attribute(module, source) for source in node.args[:2])
         tall = scale.reshape(-1, *[1] * (integers.ndim - 1))
         name = str(node.args[0].target)
         if integers.dtype == torch.int8:
-            weights.append(Weight(name, integers.numpy(), scale.numpy(), readers=len(node.users)))
+            found = Counter(forms[user] for user in node.users)
+            weights += [Weight(name, integers.numpy(), scale.numpy(), *pair) for pair in found.items()]
         _assign(module, f"{name}_float", torch.nn.Parameter(integers.float() * tall, requires_grad=False))
         with module.graph.inserting_before(node):
             value = module.graph.get_attr(f"{name}_float")
         node.replace_all_uses_with(value)
     return replace(retrace(simulation, module), dialect=simulation.dialect), weights
+
+
+def _forms(module: GraphModule) -> dict[Node, str]:
+    """How operators read integer weights; those whose activations are rounded at run time read them as they are."""
+    import torch
+
+    to_floats = torch.ops.quantized_decomposed.dequantize_per_channel.default
+    readers = [node for node in module.graph.nodes if len(node.args) > 1 and _target(node.args[1]) is to_floats]
+    forms = {}
+    for node in readers:
+        source = node.args[0]
+        behind = source if "dequantize_per_token" in str(source.target) else next(iter(source.all_input_nodes), source)
+        if len(node.args) > 2 and _target(node.args[2]) is to_floats:
+            forms[node] = "static"
+        elif _target(behind) is torch.ops.quantized_decomposed.dequantize_per_token.default:
+            forms[node] = "dynamic"
+            rows = behind.args[0].args[0]
+            node.update_arg(0, rows if behind is source else rows.args[0])
+        else:
+            forms[node] = "float"
+    return forms
+
+
+def _target(node: Any) -> Any:
+    return getattr(node, "target", None)
 
 
 def hold_integers(data: bytes, weights: Sequence[Weight]) -> None:
@@ -83,14 +157,14 @@ def _stored(schema: Any, model: Any) -> Iterator[tuple[str, str]]:
     words = {number: name for name, number in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
     (main,) = model.subgraphs
     origins = {}
-    for operator in main.operators:
-        code = model.operatorCodes[operator.opcodeIndex]
+    for step in main.operators:
+        code = model.operatorCodes[step.opcodeIndex]
         word = words[max(code.builtinCode, code.deprecatedBuiltinCode)]
         if word == "DEQUANTIZE":
-            origins[int(operator.outputs[0])] = int(operator.inputs[0])
+            origins[int(step.outputs[0])] = int(step.inputs[0])
         if word not in WEIGHTED:
             continue
-        read, place = (int(tensor) for tensor in operator.inputs[:2])
+        read, place = (int(tensor) for tensor in step.inputs[:2])
         weight = main.tensors[origins.get(place, place)]
         if weight.type != schema.TensorType.INT8:
             continue

@@ -12,6 +12,7 @@ pytest.importorskip("litert_converter", reason="pip install 'edgepack[tflite]'")
 schema = pytest.importorskip("ai_edge_litert.schema_py_generated", reason="pip install 'edgepack[tflite-run]'")
 
 import torch.nn.functional as F  # noqa: E402
+from ai_edge_litert.interpreter import Interpreter  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from edgepack.artifact import Artifact  # noqa: E402
@@ -27,6 +28,7 @@ from edgepack.export.tflite import Tflite  # noqa: E402
 from edgepack.exporting import Source, export  # noqa: E402
 from edgepack.graph import fixed_batch, run_graph  # noqa: E402
 from edgepack.parity import sqnr_db  # noqa: E402
+from edgepack.plan import Plan  # noqa: E402
 from edgepack.progress import Silent  # noqa: E402
 from edgepack.runtimes.tflite import Tflite as Engine  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402
@@ -198,3 +200,51 @@ def test_other_interfaces_of_the_same_plan(made: tuple[Source, Artifact]) -> Non
     assert manifest.parity.status == "checked"
     assert manifest.census is not None
     assert "TRANSPOSE" not in manifest.census["operators"]
+
+
+class Mixed(nn.Module):
+    """What transformers are made of: a convolution for patches, layer norms, linear layers on rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 32, 4, 4), nn.LayerNorm(32)
+        self.wide, self.narrow, self.out = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = x + self.narrow(F.gelu(self.wide(self.norm(x))))
+        return self.out(x.mean(1))
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    torch.manual_seed(0)
+    return compressed(tmp_path_factory.mktemp("mixed"), Mixed(), equalize=False)
+
+
+@pytest.mark.parametrize(
+    ("form", "dialect", "least_db"), [("dynamic", "d8s8-tflite", 45.0), ("float", "w8-tflite", 90.0)]
+)
+def test_weights_of_8_bits_with_other_activations(
+    mixed: Source, tmp_path: Path, form: str, dialect: str, least_db: float
+) -> None:
+    nodes = {
+        name: {**entry, "activations": form} if "weight" in entry else entry for name, entry in mixed.plan.nodes.items()
+    }
+    simulation = Tflite().lower(mixed.graph, Plan(nodes, mixed.plan.tensors))
+    assert simulation.dialect == dialect
+    census = Tflite().write(simulation, tmp_path)
+    assert census.weight_bytes["int8"] == 32 * 48 + 2 * 32 * 64 + 32 * 5
+    assert census.notes[-1].endswith("in 1 partition")
+    x = np.random.default_rng(3).standard_normal((8, *SHAPE[1:])).astype(np.float32)
+    expected = run_graph(simulation, {"x": x})["output"]
+    interpreter = Interpreter(str(tmp_path / "model.tflite"))
+    run = interpreter.get_signature_runner()
+    found = np.concatenate([run(x=row[None])["output"] for row in x])
+    near = sqnr_db(found, expected)
+    assert near is not None
+    assert near > least_db
+    if form == "dynamic":  # and it is not the float network
+        far = sqnr_db(found, run_graph(mixed.graph, {"x": x})["output"])
+        assert far is not None
+        assert far < near
