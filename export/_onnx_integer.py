@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepack.errors import MissingExtra, ParityError, require
-from edgepack.export._qdq import ADDITIONS, CONVOLUTIONS, LEAKY, NORMS, RELUS, Dialect, _word, planned_integer
+from edgepack.export._qdq import ADDITIONS, CONVOLUTIONS, LEAKY, NORMS, RELUS, SILU, Dialect, _word, planned_integer
 from edgepack.probing import digest, known
 
 if TYPE_CHECKING:
@@ -39,9 +39,10 @@ def _slow(node: Node) -> bool:
 ONNX_RUNTIME = Dialect(
     "u8s8",
     fused=RELUS,
-    integer=ADDITIONS | LEAKY | {"cat"},
+    integer=ADDITIONS | LEAKY | {"cat", "sigmoid", "sigmoid_", "mul", "mul_", "mean"},
     same_step=LEAKY,
     every_output=CONVOLUTIONS,
+    split=SILU,
     slow=_slow,
     both=NORMS,
     float_bias=frozenset({"matmul"}),  # an int32 one would be made float in every run
@@ -69,6 +70,25 @@ KERNELS = {
     "linear": ("QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeMatMul"),
 }
 FLOAT_KERNELS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+
+
+def name_pools(graph: onnx.GraphProto) -> None:
+    """Write means over height and width as the pooling that ONNX Runtime has in integers, in place."""
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    named = set()
+    for node in graph.node:
+        kept = all(attribute.i == 1 for attribute in node.attribute if attribute.name == "keepdims")
+        if node.op_type != "ReduceMean" or not kept or len(node.input) < 2 or node.input[1] not in constants:
+            continue
+        axes = sorted(numpy_helper.to_array(constants[node.input[1]]).tolist())
+        if axes in ([2, 3], [-2, -1]):
+            node.op_type = "GlobalAveragePool"
+            named.add(node.input[1])
+            del node.input[1:], node.attribute[:]
+    for name in named - {name for node in graph.node for name in node.input}:
+        graph.initializer.remove(constants[name])
 
 
 def hold_integers(path: Path, simulation: Graph) -> None:

@@ -48,6 +48,7 @@ class Dialect:
         dynamic: weighted operators the engine computes with activations rounded in ranges found at run time.
         signed: activations are integers from −128 to 127, not from 0 to 255.
         symmetric: 0 is the integer 0, and −128 is not used; signed only.
+        split: operators written as several, because the engine has integer forms of those only.
         slow: whether the engine computes a weighted operator faster in float than in integers, by measurement; such
             operators stay float.
         detour: sums an engine computes in one with the weighted operator before them, whose result stays float; only
@@ -64,6 +65,7 @@ class Dialect:
     dynamic: frozenset[str] = frozenset()
     signed: bool = False
     symmetric: bool = False
+    split: frozenset[str] = frozenset()
     slow: Callable[[Node], bool] = lambda node: False
     detour: frozenset[str] = frozenset()
 
@@ -97,6 +99,8 @@ CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 ADDITIONS = frozenset({"add", "add_"})
 NORMS = frozenset({"layer_norm"})
 PRODUCTS = frozenset({"linear", "matmul"})
+SILU = frozenset({"silu", "silu_"})
+SIGMOID = {"operator": "sigmoid", "range": {"low": 0.0, "high": 1.0, "bits": 8}}
 
 
 @dataclass(frozen=True)
@@ -163,8 +167,11 @@ class _Writer:
     plan: Plan
     dialect: Dialect
     grids: dict[Node, Grid] = field(default_factory=dict)
+    added: dict[Node, Mapping[str, Any]] = field(default_factory=dict)
 
     def run(self) -> None:
+        for node in [node for node in self.names if _word(node) in self.dialect.split]:
+            self._split(node)
         self._mark()
         pairs = {node: self._quantize(node, grid) for node, grid in self.grids.items()}
         shared: dict[tuple[str, str], Node] = {}
@@ -221,7 +228,20 @@ class _Writer:
         return "weight" in self._entry(node) and not self.dialect.slow(node)
 
     def _entry(self, node: Node) -> Mapping[str, Any]:
-        return self.plan.nodes[self.names[node]]
+        return self.added[node] if node in self.added else self.plan.nodes[self.names[node]]
+
+    def _split(self, node: Node) -> None:
+        """SiLU as x · sigmoid(x)."""
+        import torch
+
+        with self.module.graph.inserting_before(node):
+            factor = self.module.graph.call_function(torch.ops.aten.sigmoid.default, (node.args[0],))
+            product = self.module.graph.call_function(torch.ops.aten.mul.Tensor, (node.args[0], factor))
+        factor.meta["val"] = product.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(product)
+        self.names[product] = self.names[factor] = self.names.pop(node)
+        self.added[factor] = SIGMOID
+        self.module.graph.erase_node(node)
 
     def _mark(self) -> None:
         """Choose which results are quantized, in the order of computation."""

@@ -11,7 +11,7 @@ from edgepack.contracts import Census, Exporter, Graph
 from edgepack.export._dialects import lower_float
 from edgepack.export._onnx_census import census
 from edgepack.export._onnx_form import LIMIT_BYTES, to_onnx
-from edgepack.export._onnx_integer import ONNX_RUNTIME, fused, here, hold_integers
+from edgepack.export._onnx_integer import ONNX_RUNTIME, fused, here, hold_integers, name_pools
 from edgepack.export._onnx_products import translations, use_casts, use_integer_products
 from edgepack.export._onnx_slim import slim, store_half
 from edgepack.export._qdq import quantized
@@ -49,6 +49,8 @@ class Onnx(Exporter):
     def write(self, simulation: Graph, folder: Path) -> Census:
         model = _model(simulation, self.opset)
         left_bytes = store_half(model.graph) if self.precision == "float16" else 0
+        if simulation.dialect == ONNX_RUNTIME.name:
+            name_pools(model.graph)
         slim(model)
         if self.normalize:
             _describe(model, simulation)

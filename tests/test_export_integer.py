@@ -54,6 +54,22 @@ class Residual(nn.Module):
         return self.last(y.mean((2, 3)))
 
 
+class Gated(nn.Module):
+    """SiLU, and channels weighted by what a small network makes of their means."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, width, 3, padding=1)
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.reduce, self.expand = nn.Conv2d(width, 8, 1), nn.Conv2d(8, width, 1)
+        self.last = nn.Conv2d(width, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.depthwise(F.silu(self.first(x))))
+        gate = torch.sigmoid(self.expand(F.silu(self.reduce(x.mean((2, 3), keepdim=True)))))
+        return self.last(x * gate).mean((2, 3))
+
+
 def source(folder: Path, module: nn.Module, seed: int = 0) -> Source:
     values = np.random.default_rng(seed).standard_normal((24, 3, 8, 8)).astype(np.float32)
     task = Task((Input("x", (1, 3, 8, 8)),), calibration=Samples(values))  # type: ignore[arg-type]
@@ -84,6 +100,22 @@ def test_onnx_file_holds_integers_and_onnx_runtime_runs_them(made: tuple[Path, S
     model = onnx.load(artifact.file(".onnx"))
     large = [tensor for tensor in model.graph.initializer if np.prod(tensor.dims) >= 64]
     assert sorted(tensor.data_type for tensor in large) == [onnx.TensorProto.FLOAT, *[onnx.TensorProto.INT8] * 3]
+
+
+def test_onnx_runtime_computes_gates_in_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = source(tmp_path, Gated())
+    manifest = export(tmp_path, [Onnx()], Silent())[0].artifact.manifest
+    assert manifest.parity.status == "checked"
+    assert manifest.census is not None
+    note = manifest.census["notes"][0]
+    for count, kind in ((4, "Conv"), (1, "GlobalAveragePool"), (3, "Mul"), (3, "Sigmoid")):
+        assert f"{count} QLinear{kind}" in note
+    x = {"x": np.random.default_rng(5).standard_normal((32, 3, 8, 8)).astype(np.float32)}
+    simulation = run_graph(quantized(made.graph, made.plan, ONNX_RUNTIME), x)["output"]
+    found = sqnr_db(simulation, run_graph(made.graph, x)["output"])
+    assert found is not None
+    assert found > 25
 
 
 def test_openvino_reads_integer_weights(made: tuple[Path, Source]) -> None:
