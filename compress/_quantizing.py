@@ -298,8 +298,8 @@ def _as_it_is(node: fx.Node, value: Tensor) -> Tensor:
 
 
 def _fake_found(node: fx.Node, value: Tensor) -> Tensor:
-    """Round what a weighted operator reads, in the range it has."""
-    if value.dtype != torch.float32 or not any(operator_of(user) in WEIGHTED for user in node.users):
+    """Round what a linear layer reads, in the range it has."""
+    if value.dtype != torch.float32 or not any(operator_of(user) is aten.linear for user in node.users):
         return value
     low, high = (float(end) for end in value.aminmax())
     return torch.fake_quantize_per_tensor_affine(value, *_step(min(low, 0.0), max(high, 0.0)), 0, 255)

@@ -35,7 +35,8 @@ class Quantize(Pass):
         activation_bits: with ``weight_bits``: of activations; 8, or left out to leave them float: files of a quarter
             of the size that compute in float.
         activations: ``static``: ranges are fixed now, from ``task.calibration``. ``dynamic``: linear layers find the
-            range of what they read when they run; convolutions keep fixed ranges where the engine is slow otherwise.
+            range of what they read, over the whole batch, when they run; convolutions compute in float where the
+            engine would be slow otherwise.
         calibrate: how ranges are read from what was seen: ``minmax`` (all of it), ``percentile`` (99.99 %), ``mse``
             (least squared error), ``entropy`` (least divergence of the distribution).
         rounding: of weights: ``nearest``, or ``gptq``: columns in turn, each error passed on to those that follow.

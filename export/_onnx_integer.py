@@ -134,7 +134,9 @@ def fused(path: Path, simulation: Graph) -> list[str]:
     if simulation.dialect == ONNX_RUNTIME.forms["float"]:
         return _loaded(ort, operators)
     planned = planned_integer(simulation)
-    for kind, kernels in KERNELS.items():
+    kinds = ("linear",) if simulation.dialect == ONNX_RUNTIME.forms["dynamic"] else tuple(KERNELS)
+    for kind in kinds:
+        kernels = KERNELS[kind]
         wanted = sum(count for word, count in planned.items() if word.startswith(kind))
         found = sum(operators[kernel] for kernel in kernels)
         if found < wanted:

@@ -192,7 +192,7 @@ class _Writer:
         if asked != "dynamic" or _word(node) in self.dialect.dynamic:
             return asked
         if _word(node) in CONVOLUTIONS and self.dialect.dynamic:
-            return "static"  # engines that find ranges of rows fast do so slowly for images
+            return "float"  # products with ranges found at run time are fast, such convolutions slower than float
         raise Unsupported(
             f"this format has no {_word(node)} that rounds activations in ranges found at run time ({node.name})",
             "activations = 'static' in quantize",

@@ -67,7 +67,7 @@ def _model(simulation: Graph, opset: int) -> onnx.ModelProto:
     model = to_onnx(simulation, opset, translations() if simulation.dialect == forms["dynamic"] else None)
     if simulation.dialect == forms["dynamic"]:
         use_integer_products(model)
-    elif simulation.dialect == forms["float"]:
+    if simulation.dialect != forms["static"] and simulation.dialect in forms.values():
         use_casts(model)
     return model
 

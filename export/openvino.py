@@ -20,7 +20,7 @@ from edgepack.contracts import Census, Exporter, Graph
 from edgepack.errors import Unsupported, require
 from edgepack.export._dialects import exact_half, lower_float
 from edgepack.export._onnx_form import to_onnx
-from edgepack.export._openvino_integer import OPENVINO, drop_zeros, hold_integers
+from edgepack.export._openvino_integer import OPENVINO, drop_zeros, hold_integers, keep_float
 from edgepack.export._openvino_slim import slim
 from edgepack.export._qdq import quantized
 
@@ -57,6 +57,8 @@ class Openvino(Exporter):
         integers = simulation.dialect in OPENVINO.forms.values()
         if integers:
             drop_zeros(model)
+        if simulation.dialect == OPENVINO.forms["float"]:
+            keep_float(model)
         _name(ov, model, simulation)
         if self.normalize:
             _describe(model, simulation)
