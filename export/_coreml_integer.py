@@ -16,6 +16,7 @@ from edgepack.export._qdq import (
     ADDITIONS,
     CONVOLUTIONS,
     LEAKY,
+    NORMS,
     PRODUCTS,
     RELUS,
     Dialect,
@@ -40,7 +41,13 @@ class Centred(Dialect):
         return super().grid(low, high, step)
 
 
-COREML = Centred("u8s8-coreml", fused=RELUS | LEAKY, integer=ADDITIONS, float_bias=CONVOLUTIONS | PRODUCTS)
+COREML = Centred(
+    "u8s8-coreml",
+    fused=RELUS | LEAKY,
+    integer=ADDITIONS,
+    both=NORMS,
+    float_bias=CONVOLUTIONS | PRODUCTS,
+)
 WEIGHTS = "w8"
 CENTRED = 1.25  # times the step of a grid with a zero point; behind a leaky ReLU it would be about 2
 KINDS = {"conv": ("conv", "conv_transpose"), "linear": ("linear", "matmul")}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgepack.errors import Unsupported
-from edgepack.export._qdq import ADDITIONS, CONVOLUTIONS, PRODUCTS, Dialect, quantized
+from edgepack.export._qdq import ADDITIONS, CONVOLUTIONS, NORMS, PRODUCTS, Dialect, quantized
 
 if TYPE_CHECKING:
     from edgepack.contracts import Graph
@@ -32,6 +32,7 @@ TENSORRT = Symmetric(
     "s8s8-tensorrt",
     fused=frozenset(),
     integer=frozenset(),
+    both=NORMS,
     detour=ADDITIONS,
     signed=True,
     symmetric=True,

@@ -11,7 +11,7 @@ from edgepack.contracts import Census, Exporter, Graph
 from edgepack.export._dialects import lower_float
 from edgepack.export._onnx_census import census
 from edgepack.export._onnx_form import LIMIT_BYTES, to_onnx
-from edgepack.export._onnx_integer import ONNX_RUNTIME, fused, here, hold_integers, name_pools
+from edgepack.export._onnx_integer import TARGETS, fused, here, hold_integers, name_pools
 from edgepack.export._onnx_products import translations, use_casts, use_integer_products
 from edgepack.export._onnx_slim import slim, store_half
 from edgepack.export._qdq import quantized
@@ -30,46 +30,50 @@ class Onnx(Exporter):
 
     Attributes:
         opset: operator set of the file, 18 to 23.
+        target: processors that integer files are for: ``x86`` (unsigned activations) or ``arm`` (signed ones, which
+            64-bit ARM multiplies faster). Either kind runs on both.
     """
 
     format: ClassVar[str] = "onnx"
 
     opset: int = 20
+    target: str = "x86"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.opset not in OPSETS:
             raise ValueError(f"opset is {OPSETS[0]} to {OPSETS[-1]}, not {self.opset}")
+        if self.target not in TARGETS:
+            raise ValueError(f"target is 'x86' or 'arm', not {self.target!r}")
 
     def lower(self, graph: Graph, plan: Plan) -> Graph:
         if self.precision == "plan" and plan.nodes:
-            return quantized(graph, plan, here()[0])
+            return quantized(graph, plan, here(self.target)[0])
         return lower_float(graph, self.precision)
 
     def write(self, simulation: Graph, folder: Path) -> Census:
-        model = _model(simulation, self.opset)
+        model = self._model(simulation)
         left_bytes = store_half(model.graph) if self.precision == "float16" else 0
-        if simulation.dialect == ONNX_RUNTIME.name:
+        if simulation.dialect == TARGETS[self.target].name:
             name_pools(model.graph)
         slim(model)
         if self.normalize:
             _describe(model, simulation)
         (folder / MODEL).write_bytes(_checked(model))
         notes = [f"{left_bytes} bytes of biases and constants stay float32"] if left_bytes else []
-        if simulation.dialect in ONNX_RUNTIME.forms.values():
+        if simulation.dialect in TARGETS[self.target].forms.values():
             hold_integers(folder / MODEL, simulation)
-            notes += [*fused(folder / MODEL, simulation), *here()[1]]
+            notes += [*fused(folder / MODEL, simulation), *here(self.target)[1]]
         return census(folder / MODEL, notes)
 
-
-def _model(simulation: Graph, opset: int) -> onnx.ModelProto:
-    forms = ONNX_RUNTIME.forms
-    model = to_onnx(simulation, opset, translations() if simulation.dialect == forms["dynamic"] else None)
-    if simulation.dialect == forms["dynamic"]:
-        use_integer_products(model)
-    if simulation.dialect != forms["static"] and simulation.dialect in forms.values():
-        use_casts(model)
-    return model
+    def _model(self, simulation: Graph) -> onnx.ModelProto:
+        forms = TARGETS[self.target].forms
+        model = to_onnx(simulation, self.opset, translations() if simulation.dialect == forms["dynamic"] else None)
+        if simulation.dialect == forms["dynamic"]:
+            use_integer_products(model)
+        if simulation.dialect != forms["static"] and simulation.dialect in forms.values():
+            use_casts(model)
+        return model
 
 
 def _describe(model: onnx.ModelProto, graph: Graph) -> None:

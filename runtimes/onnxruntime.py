@@ -41,6 +41,8 @@ class Onnxruntime(Runtime):
         if artifact.manifest.format in self.proves:
             # It would round float biases to integers, which the other engine does not.
             options.add_session_config_entry("session.disable_quant_qdq", "1")
+        if artifact.manifest.dialect.startswith("s8"):  # signed kernels, which it else takes on ARM only
+            options.add_session_config_entry("session.qdqisint8allowed", "1")
         try:
             engine = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except _errors() as error:

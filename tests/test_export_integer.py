@@ -232,3 +232,17 @@ def test_a_wrong_integer_artifact_is_refused(made: tuple[Path, Source], tmp_path
     wrong = Manifest(**{**vars(manifest), "files": describe_files(tmp_path)})
     with pytest.raises(ParityError, match="differs from its simulation"):
         check(Artifact(tmp_path, wrong), runtime_for("onnx"))
+
+
+def test_a_file_for_arm_has_signed_activations(made: tuple[Path, Source]) -> None:
+    found = export(made[0], [Onnx(name="arm", target="arm")], Silent())[0].artifact
+    assert (found.manifest.dialect, found.manifest.parity.status) == ("s8s8-arm", "checked")
+    assert found.manifest.census is not None
+    assert "uint8" not in found.manifest.census["weight_bytes"]
+    assert "3 QLinearConv" in found.manifest.census["notes"][0]
+    graph = onnx.load(found.file(".onnx")).graph
+    stored = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    zeros = {stored[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"}
+    assert zeros == {onnx.TensorProto.INT8}
+    with pytest.raises(ValueError, match="target is 'x86' or 'arm', not 'riscv'"):
+        Onnx(target="riscv")
