@@ -168,10 +168,12 @@ class _Writer:
     dialect: Dialect
     grids: dict[Node, Grid] = field(default_factory=dict)
     added: dict[Node, Mapping[str, Any]] = field(default_factory=dict)
+    slow: set[Node] = field(default_factory=set)
 
     def run(self) -> None:
         for node in [node for node in self.names if _word(node) in self.dialect.split]:
             self._split(node)
+        self.slow = {node for node in self.names if "weight" in self._entry(node) and self.dialect.slow(node)}
         self._mark()
         pairs = {node: self._quantize(node, grid) for node, grid in self.grids.items()}
         shared: dict[tuple[str, str], Node] = {}
@@ -225,7 +227,7 @@ class _Writer:
 
     def _stored(self, node: Node) -> bool:
         """Whether an operator reads integer weights."""
-        return "weight" in self._entry(node) and not self.dialect.slow(node)
+        return "weight" in self._entry(node) and node not in self.slow
 
     def _entry(self, node: Node) -> Mapping[str, Any]:
         return self.added[node] if node in self.added else self.plan.nodes[self.names[node]]
