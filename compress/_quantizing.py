@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from edgepack.compress._correct import Correction, channel_means, sample
 from edgepack.compress._equalize import equalize, pairs
+from edgepack.compress._gains import merge_gains
 from edgepack.compress._gptq import round_in_turn, second_moments
 from edgepack.compress._graph import GraphView, argument, named, operator_of, owner_path, shape
 from edgepack.compress._grid import round_to, weight_scale
@@ -50,6 +51,8 @@ class Quantizing:
         module = self._fold(module)
         view = GraphView.of(module, self.task)
         _give_biases(view)
+        if gains := merge_gains(GraphView.of(module, self.task)):
+            self.run_.note(f"merged {gains} gains of channels into layers")
         if self.options.equalize:
             self._equalize(module)
             self._smooth(module)

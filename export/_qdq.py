@@ -16,6 +16,7 @@ import numpy as np
 from edgepack.contracts import Graph
 from edgepack.errors import InputError, Unsupported
 from edgepack.export._dialects import _assign, _attribute, _drop_unused, retrace
+from edgepack.export._products import drop_ones, split_silu
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +100,7 @@ CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 ADDITIONS = frozenset({"add", "add_"})
 NORMS = frozenset({"layer_norm"})
 PRODUCTS = frozenset({"linear", "matmul"})
+MULTIPLICATIONS = frozenset({"mul", "mul_"})
 SILU = frozenset({"silu", "silu_"})
 SIGMOID = {"operator": "sigmoid", "range": {"low": 0.0, "high": 1.0, "bits": 8}}
 
@@ -173,6 +175,9 @@ class _Writer:
     def run(self) -> None:
         for node in [node for node in self.names if _word(node) in self.dialect.split]:
             self._split(node)
+        products = [node for node in self.names if _word(node) in MULTIPLICATIONS]
+        for node in [node for node in products if drop_ones(self.module, node, PASSING)]:
+            del self.names[node]
         self.slow = {node for node in self.names if "weight" in self._entry(node) and self.dialect.slow(node)}
         self._mark()
         pairs = {node: self._quantize(node, grid) for node, grid in self.grids.items()}
@@ -233,17 +238,9 @@ class _Writer:
         return self.added[node] if node in self.added else self.plan.nodes[self.names[node]]
 
     def _split(self, node: Node) -> None:
-        """SiLU as x · sigmoid(x)."""
-        import torch
-
-        with self.module.graph.inserting_before(node):
-            factor = self.module.graph.call_function(torch.ops.aten.sigmoid.default, (node.args[0],))
-            product = self.module.graph.call_function(torch.ops.aten.mul.Tensor, (node.args[0], factor))
-        factor.meta["val"] = product.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(product)
+        factor, product = split_silu(self.module, node)
         self.names[product] = self.names[factor] = self.names.pop(node)
         self.added[factor] = SIGMOID
-        self.module.graph.erase_node(node)
 
     def _mark(self) -> None:
         """Choose which results are quantized, in the order of computation."""

@@ -16,6 +16,7 @@ from torch import nn  # noqa: E402
 
 from _samples import Samples  # noqa: E402
 from edgepack.compress._equalize import equalize, pairs  # noqa: E402
+from edgepack.compress._gains import merge_gains  # noqa: E402
 from edgepack.compress._graph import GraphView  # noqa: E402
 from edgepack.compress._grid import TOP, round_to, weight_scale  # noqa: E402
 from edgepack.compress._ranges import METHODS, Histogram, entropy, minmax, mse, percentile, squared_error  # noqa: E402
@@ -326,3 +327,27 @@ def test_gptq_without_correlation_is_the_nearest_rounding() -> None:
     torch.testing.assert_close(
         round_in_turn(weight, scale, torch.eye(12, dtype=torch.float64)[None]), round_to(weight, scale)
     )
+
+
+class Scaled(nn.Module):
+    """Two residual branches behind learned gains, one of a convolution, one of a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 3, 1), nn.Linear(3, 3)
+        self.gain = nn.Parameter(torch.tensor([0.5, -2.0, 0.25]))
+        self.other = nn.Parameter(torch.tensor([3.0, 0.1, -1.0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.conv(x) * self.gain.reshape(1, -1, 1, 1)
+        y = x.permute(0, 2, 3, 1)
+        return y + self.other * self.fc(y)
+
+
+def test_gains_go_into_layers_and_leave_the_network_the_same() -> None:
+    torch.manual_seed(0)
+    module, x = Scaled().eval(), torch.randn(2, 3, 4, 4)
+    before = module(x)
+    assert merge_gains(GraphView.of(module, Task((Input("x", (1, 3, 4, 4)),)))) == 2
+    assert module.gain.tolist() == module.other.tolist() == [1.0] * 3
+    torch.testing.assert_close(module(x), before)
