@@ -1,4 +1,4 @@
-"""Products that are written otherwise before integers are: SiLU as x · sigmoid(x), and products with ones not at all."""
+"""Products that are written otherwise before integers are: SiLU as x · sigmoid(x), products with ones not at all."""
 
 from __future__ import annotations
 
