@@ -69,9 +69,14 @@ class Emulation:
             run.step(node)
         return [run.outputs, *found]
 
-    def watch(self, inputs: Sequence[Tensor], show: Callable[[fx.Node, Mapping[fx.Node, Any]], None]) -> list[Tensor]:
+    def watch(
+        self,
+        inputs: Sequence[Tensor],
+        show: Callable[[fx.Node, Mapping[fx.Node, Any]], None],
+        variant: Variant = Variant(exact=True),
+    ) -> list[Tensor]:
         """Run in float; ``show`` sees each node before it is computed, and every value that is still read."""
-        run = _Run(self, Variant(exact=True), inputs)
+        run = _Run(self, variant, inputs)
         for node in self.nodes:
             show(node, run.env)
             run.step(node)

@@ -44,7 +44,7 @@ def second_moments(node: fx.Node, read: Tensor, weight: Tensor) -> Tensor | None
     return total
 
 
-def round_in_turn(weight: Tensor, scale: Tensor, moments: Tensor) -> Tensor:
+def round_in_turn(weight: Tensor, scale: Tensor, moments: Tensor, top: int = TOP) -> Tensor:
     """Values on the grid with less error of the layer's result than the nearest have; shape and type of ``weight``."""
     groups, columns = moments.shape[0], moments.shape[1]
     rest = weight.detach().double().reshape(groups, -1, columns).clone()
@@ -52,7 +52,7 @@ def round_in_turn(weight: Tensor, scale: Tensor, moments: Tensor) -> Tensor:
     factor = _factor(moments.clone())
     done = torch.zeros_like(rest)
     for column in range(columns):
-        whole = (rest[:, :, column] / steps).round().clamp(-TOP, TOP)
+        whole = (rest[:, :, column] / steps).round().clamp(-top, top)
         done[:, :, column] = whole
         error = (rest[:, :, column] - whole * steps) / factor[:, column, column, None]
         rest[:, :, column:] -= error[:, :, None] * factor[:, None, column, column:]

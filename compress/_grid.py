@@ -24,7 +24,7 @@ def weight_scale(weight: Tensor, floor: Tensor | float = 0.0) -> Tensor:
     return torch.maximum(best, torch.as_tensor(floor, dtype=best.dtype)).float()
 
 
-def round_to(weight: Tensor, scale: Tensor) -> Tensor:
-    """The nearest values scale × integer, integers from −127 to 127."""
+def round_to(weight: Tensor, scale: Tensor, top: int = TOP) -> Tensor:
+    """The nearest values scale × integer, integers from −top to top."""
     steps = scale.view(-1, *[1] * (weight.dim() - 1))
-    return (weight / steps).round().clamp(-TOP, TOP) * steps
+    return (weight / steps).round().clamp(-top, top) * steps

@@ -12,15 +12,17 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from edgepack.compress._correct import Correction, channel_means, sample
+from edgepack.compress._emulation import Emulation, Variant
 from edgepack.compress._equalize import equalize, pairs
 from edgepack.compress._gains import merge_gains
 from edgepack.compress._gptq import round_in_turn, second_moments
 from edgepack.compress._graph import GraphView, argument, named, operator_of, owner_path, shape
-from edgepack.compress._grid import round_to, weight_scale
+from edgepack.compress._grid import TOP, round_to, weight_scale
 from edgepack.compress._norms import fold_norms
-from edgepack.compress._observe import observe_channels, observe_ends, observe_histograms
+from edgepack.compress._observe import batches, observe_channels, observe_ends, observe_histograms
 from edgepack.compress._operators import WEIGHTED, aten, floating, only_reader, passes, slope, word
 from edgepack.compress._ranges import METHODS, Histogram
+from edgepack.compress._saturation import SEVEN, Saturation
 from edgepack.compress._sensitivity import Sensitivity, remember, sentences
 from edgepack.compress._smooth import norms, smooth
 from edgepack.errors import InputError, Unsupported
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 OTHERS = ("minmax", "percentile")  # read from a histogram in no time
 BITS = 8
+NAMED = 8  # layers that a note lists
 BIAS_STEPS = 2.0**26  # a bias is at most this many steps of its 32-bit grid
 Range = tuple[float, float]
 
@@ -46,6 +49,7 @@ class Quantizing:
     run_: Run
     left: dict[str, str] = field(default_factory=dict)
     seen: dict[str, Histogram] = field(default_factory=dict)
+    seven: set[str] = field(default_factory=set)
 
     def run(self, module: nn.Module) -> nn.Module:
         module = self._fold(module)
@@ -61,30 +65,80 @@ class Quantizing:
         inputs = sample(graph, self.task)
         means = channel_means(graph.program.module(check_guards=False), inputs, _axes(graph))
         scales, weights = self._scales(module, graph, ranges)
-        before = remember(graph, _parameters(module, graph), scales) if self.options.explain else {}
+        wanted = self.options.explain or self.options.target is not None
+        before = remember(graph, _parameters(module, graph), scales) if wanted else {}
         biases = _biases(graph, _parameters(module, graph), scales) if self.options.bias_correct else {}
-        correction = Correction(
-            graph.program.module(check_guards=False), means, biases, self._activations(ranges, graph),
-            functools.partial(self._round, scales=scales, weights=weights),
-        )  # fmt: skip
-        with torch.no_grad():
-            correction.run(*inputs)
+        correct = functools.partial(self._correct, graph, ranges, inputs, means, biases, scales, weights)
+        largest = correct()
+        while self.options.target is not None and self._saturating(graph, before, ranges, scales):
+            for name, (weight, bias) in before.items():
+                if name in weights:
+                    weights[name].copy_(weight)
+                if name in biases and bias is not None:
+                    biases[name][0].copy_(bias)
+            largest = correct()
         if biases:
-            self.run_.note(
-                f"corrected {len(biases)} biases on {len(inputs[0])} samples, by {correction.largest:.2g} at most"
-            )
-        if before:
+            self.run_.note(f"corrected {len(biases)} biases on {len(inputs[0])} samples, by {largest:.2g} at most")
+        if self.options.target is not None:
+            self._name_narrow(graph, len(scales))
+        if self.options.explain:
             self._explain(graph, before, ranges)
         self._plan(capture(module, self.task), ranges, scales)
         return module
 
-    def _explain(self, graph: Graph, before: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
+    def _correct(
+        self, graph: Graph, ranges: Mapping[str, Range], inputs: list[Tensor], means: Mapping[str, Tensor],
+        biases: Mapping[str, tuple[Tensor, int]], scales: Mapping[str, Tensor], weights: Mapping[str, Tensor],
+    ) -> float:  # fmt: skip
+        """Round every layer, and correct its bias, in the order of computation; largest change of a bias."""
+        correction = Correction(
+            graph.program.module(check_guards=False), means, biases, self._activations(ranges, graph),
+            functools.partial(self._round, scales=scales, weights=dict(weights)),
+        )  # fmt: skip
+        with torch.no_grad():
+            correction.run(*inputs)
+        return correction.largest
+
+    def _saturating(
+        self, graph: Graph, before: Mapping[str, Any], ranges: Mapping[str, Range], scales: dict[str, Tensor]
+    ) -> bool:
+        """Look for more layers whose products saturate, and give them steps twice as large; whether there are any."""
         names = _inputs(graph)
-        tried = [name for name in OTHERS if self.seen and name != self.options.calibrate]
+
+        def grid(node: fx.Node) -> tuple[float, int] | None:
+            pair = ranges.get(names.get(node.name, node.name))
+            return None if pair is None else _step(*pair)
+
+        emulation = Emulation(graph.program.module(check_guards=False), before, _fake(ranges, names))
+        found = Saturation({name: scale for name, scale in scales.items() if name not in self.seven}, grid)
+        step = self._progress("looking for products that saturate")
+        with torch.no_grad():
+            for inputs in batches(graph, self.task):
+                emulation.watch(inputs, found.show, Variant())
+                step(len(inputs[0]))
+        shared = {id(scales[name]): 2 * scales[name] for name in found.found}
+        for name in [name for name, scale in scales.items() if id(scale) in shared]:
+            scales[name] = shared[id(scales[name])]
+            self.seven.add(name)
+        return bool(found.found)
+
+    def _name_narrow(self, graph: Graph, rounded: int) -> None:
+        paths = [owner_path(node) or node.name for node in graph.program.graph.nodes if node.name in self.seven]
+        names = f": {', '.join(paths[:NAMED])}" if paths else ""
+        more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+        self.run_.note(
+            f"7-bit weights where products saturate without VNNI: {len(paths)} of {rounded} layers{names}{more}"
+        )
+        self.run_.record("saturation", {"target": self.options.target, "layers": paths})
+
+    def _explain(self, graph: Graph, before: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
+        names, static = _inputs(graph), self.options.form == "static"
+        tried = [name for name in OTHERS if static and self.seen and name != self.options.calibrate]
         others = {f"calibrate = {name!r}": _fake(self._ranges(graph, name), names) for name in tried}
         found = Sensitivity(
-            graph, before, _fake(ranges, names), ranges, names, others, frozenset(self.left), self.options.leave
-        )
+            graph, before, self._activations(ranges, graph), ranges if static else {}, names, others,
+            frozenset(self.left), self.options.leave,
+        )  # fmt: skip
         finding = found.explain(self.task, self.run_.progress)
         self.run_.record("sensitivity", finding)
         for text in sentences(finding):
@@ -151,7 +205,8 @@ class Quantizing:
             return
         moments = second_moments(node, read, weight) if self.options.rounding == "gptq" else None
         scale = scales[node.name]
-        weight.copy_(round_to(weight, scale) if moments is None else round_in_turn(weight, scale, moments))
+        top = SEVEN if node.name in self.seven else TOP
+        weight.copy_(round_to(weight, scale, top) if moments is None else round_in_turn(weight, scale, moments, top))
 
     def _scales(
         self, module: nn.Module, graph: Graph, ranges: Mapping[str, Range]
@@ -204,7 +259,7 @@ class Quantizing:
                 low, high = ranges[name]
                 entry["range"] = {"low": low, "high": high, "bits": BITS}
             if node.name in scales:
-                entry["weight"] = {"bits": BITS, "axis": 0}
+                entry["weight"] = {"bits": 7 if node.name in self.seven else BITS, "axis": 0}
                 if form != "static":
                     entry["activations"] = form
                 plan.tensors[f"{node.name}/weight_scale"] = scales[node.name].numpy()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 CALIBRATIONS = ("minmax", "percentile", "mse", "entropy")
 ACTIVATIONS = ("static", "dynamic")
+TARGETS = ("avx2",)
 ROUNDINGS = ("nearest", "gptq")
 
 
@@ -44,6 +45,8 @@ class Quantize(Pass):
             one size where that leaves the network the same.
         bias_correct: take the mean error of each output channel out of its bias.
         explain: find out per layer what rounding costs and why, and try remedies, on a few samples; for the report.
+        target: ``avx2``: for x86 processors without VNNI too, where 8-bit products saturate: layers that do on the
+            calibration data get 7-bit weights. None: nothing is done for them.
         leave: names of layers to leave in float, with ``*`` and ``?``; a name also covers what is inside it.
     """
 
@@ -58,6 +61,7 @@ class Quantize(Pass):
     equalize: bool = True
     bias_correct: bool = True
     explain: bool = True
+    target: str | None = None
     leave: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -73,6 +77,10 @@ class Quantize(Pass):
             raise ValueError(f"calibrate is one of {', '.join(CALIBRATIONS)}, not {self.calibrate!r}")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}, not {self.rounding!r}")
+        if self.target not in (None, *TARGETS):
+            raise ValueError(f"target is {', '.join(map(repr, TARGETS))} or left out, not {self.target!r}")
+        if self.target is not None and self.form != "static":
+            raise ValueError(f"target = {self.target!r} needs activations in fixed ranges: activations = 'static'")
         if isinstance(self.leave, str) or not all(isinstance(name, str) and name for name in self.leave):
             raise ValueError(f"leave is a list of layer names or patterns, not {self.leave!r}")
         object.__setattr__(self, "leave", tuple(self.leave))

@@ -244,7 +244,7 @@ def _axis(values: Sequence[float]) -> list[dict[str, Any]]:
 def _sensitivity(compressed: Values | None) -> dict[str, Any] | None:
     """Where rounding loses, worst layer first; bars of what each layer costs the outputs."""
     steps = [] if compressed is None else compressed["manifest"]["history"]
-    found = next((step["findings"]["sensitivity"] for step in steps if step.get("findings")), None)
+    found = next((step["findings"]["sensitivity"] for step in steps if "sensitivity" in step.get("findings", {})), None)
     if found is None:
         return None
     axis = ticks(0.0, max([row["gain_db"] or 0.0 for row in found["layers"]] + [1.0]), count=3)
