@@ -8,15 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edgepack.artifact import GOLDEN, Artifact, describe_files
-from edgepack.contracts import FLOAT_LIMIT, Preprocessing, TensorSpec
+from edgepack.artifact import GOLDEN, Artifact, Manifest, describe_files
+from edgepack.contracts import FLOAT_LIMIT, INTEGERS, Preprocessing, TensorSpec
 from edgepack.deploy._golden import write_golden, write_pixels
 from edgepack.packaging import CONTRACT
+from edgepack.parity import INTEGER_DB
 from edgepack.versions import installed
 
 SCHEMA = 1
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
 ENGINES = {"onnx": "onnxruntime", "openvino": "openvino"}
+PEAK = 2.0  # the largest error over the largest value, in units of root mean squares of both
 COLOURS: dict[int | str, str] = {1: ", gray", 3: ", RGB", 4: ", RGBA"}  # by number of channels
 
 Contract = dict[str, Any]
@@ -46,7 +48,7 @@ def build(artifact: Artifact, folder: Path, samples: int) -> Contract:
         "labels": list(manifest.labels),
         "golden": {
             "rule": "max|a-b| / max|b| per output, over all samples; a: what the engine answers, b: the file",
-            "limit": FLOAT_LIMIT,
+            "limit": _limit(manifest),
             "samples": write_golden(manifest, golden, samples, folder),
         },
         "pixels": [write_pixels(spec, how[spec.name], golden.inputs[spec.name], folder) for spec in pictured],
@@ -55,6 +57,13 @@ def build(artifact: Artifact, folder: Path, samples: int) -> Contract:
         "artifact": manifest.fingerprint,
         "files": {},
     }
+
+
+def _limit(manifest: Manifest) -> float:
+    """Integer engines round single values the other way: what the artifact itself must keep, in the rule's terms."""
+    if not manifest.dialect.startswith(INTEGERS):
+        return FLOAT_LIMIT
+    return float(PEAK * 10 ** (-(manifest.parity.least_db or INTEGER_DB) / 20))
 
 
 def save(contract: Contract, folder: Path) -> None:

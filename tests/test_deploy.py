@@ -161,6 +161,15 @@ def test_every_file_has_its_hash_and_the_engine_is_named(artifacts: Path, tmp_pa
     assert not [name for name in listed if name.endswith(".j2") or "model_onnx" in name]
 
 
+def test_integer_artifacts_may_differ_as_much_as_their_own_proof_allows(out: Path, tmp_path: Path) -> None:
+    artifact = Artifact.open(out / "onnx")
+    for index, (least_db, limit) in enumerate([(None, 0.01125), (40.0, 0.02)]):
+        parity = replace(artifact.manifest.parity, least_db=least_db)
+        stored(replace(artifact.manifest, dialect="u8s8", parity=parity), out / "onnx")
+        _, contract = packaged(out / "onnx", tmp_path / str(index))
+        assert contract["golden"]["limit"] == pytest.approx(limit, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["onnx", "openvino", "normalize"])
 def test_the_python_sample_needs_no_edgepack_and_finds_faults(artifacts: Path, tmp_path: Path, name: str) -> None:
     package, contract = packaged(artifacts / name, tmp_path / "package")
