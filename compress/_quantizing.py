@@ -37,6 +37,7 @@ OTHERS = ("minmax", "percentile")  # read from a histogram in no time
 BITS = 8
 NAMED = 8  # layers that a note lists
 BIAS_STEPS = 2.0**26  # a bias is at most this many steps of its 32-bit grid
+CONVOLUTIONS = tuple(operator for operator in WEIGHTED if operator is not aten.linear)
 Range = tuple[float, float]
 
 
@@ -355,6 +356,11 @@ def _as_it_is(node: fx.Node, value: Tensor) -> Tensor:
     return value
 
 
+def _feeds_layer(node: fx.Node) -> bool:
+    """Whether a layer with weights reads a node's values, rearranged or not."""
+    return any(operator_of(user) in WEIGHTED or (passes(user) and _feeds_layer(user)) for user in node.users)
+
+
 def _fake_found(node: fx.Node, value: Tensor) -> Tensor:
     """Round what a linear layer reads, in the range it has."""
     if value.dtype != torch.float32 or not any(operator_of(user) is aten.linear for user in node.users):
@@ -364,11 +370,17 @@ def _fake_found(node: fx.Node, value: Tensor) -> Tensor:
 
 
 def _fake(ranges: Mapping[str, Range], names: Mapping[str, str]) -> Callable[[fx.Node, Tensor], Tensor]:
-    """Round what engines round: every result but those that the next operator is fused with."""
+    """Round what engines round: what layers with weights read, and convolutions' results, which some must round.
+
+    Not the residual sums of transformers: they stay float in every engine, and small channels or tokens in them
+    would be lost.
+    """
 
     def quantize(node: fx.Node, value: Tensor) -> Tensor:
         name = names.get(node.name, node.name)
         if name not in ranges or slope(only_reader(node)) != 1.0 or value.dtype != torch.float32:
+            return value
+        if operator_of(node) not in CONVOLUTIONS and not _feeds_layer(node):
             return value
         return torch.fake_quantize_per_tensor_affine(value, *_step(*ranges[name]), 0, 255)
 

@@ -232,7 +232,7 @@ class _Writer:
 
     def _stored(self, node: Node) -> bool:
         """Whether an operator reads integer weights."""
-        return "weight" in self._entry(node) and node not in self.slow
+        return "weight" in self._entry(node) and (node not in self.slow or self._activations(node) != "static")
 
     def _entry(self, node: Node) -> Mapping[str, Any]:
         return self.added[node] if node in self.added else self.plan.nodes[self.names[node]]
