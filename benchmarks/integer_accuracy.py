@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,15 @@ def jobs(case: Case, formats: tuple[str, ...], whose: str) -> list[Job]:
         for format in formats:
             if format != "torch":
                 facts = {"source": source_hash(), **versions("torch", "onnx", *ENGINE[format])}
-                found.append((format, f"edgepack {kind}", facts, lambda f=format, k=kind: our_row(case, f, k)))
+                found.append((format, f"edgepack {kind}", facts, partial(our_row, case, format, kind)))
     if whose == "ours":
         return found
     for peer in PEERS:
         if peer.format in formats and peer.suits(case):
             facts = versions("torch", *peer.packages, *ENGINE[peer.format])
-            found.append((peer.format, peer.name, facts, lambda p=peer: peer_row(case, p)))
+            found.append((peer.format, peer.name, facts, partial(peer_row, case, peer)))
     if "torch" in formats:
-        found.append(("torch", PT2E, versions("torch", "torchao"), lambda: pt2e_row(case)))
+        found.append(("torch", PT2E, versions("torch", "torchao"), partial(pt2e_row, case)))
     return found
 
 

@@ -1,7 +1,7 @@
 """Eight bits beside float and beside the engines' own tools: latency at batch 1, one thread, interleaved.
 
     python benchmarks/integer_latency.py --prepare --work FOLDER                # make all files first; nothing is timed
-    python benchmarks/integer_latency.py --work FOLDER                          # then only measure, on a quiet machine
+    python benchmarks/integer_latency.py --work FOLDER                          # then only measure: 20 quiet minutes
     python benchmarks/integer_latency.py --networks resnet20 --seconds 3 --results /tmp/try.json --work FOLDER
 
 One row is one network in one engine: edgepack's eight-bit file, its float file, and the tools' files, in one run of
@@ -16,9 +16,10 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,10 @@ def rivals(format: str, case: Case) -> list[Peer]:
 
 def files(case: Case, format: str, kind: str, theirs: bool = False) -> tuple[dict[str, Artifact], list[Entry]]:
     """Artifacts by label, edgepack's first, and a line for each that could not be made."""
-    makers = {f"edgepack {kind}": lambda: ours(case, 0, format, kind), FLOAT: lambda: ours_float(case, format)}
-    if theirs:
-        makers.clear()
-    makers |= {peer.name: lambda peer=peer: peer.artifact(case, 0) for peer in rivals(format, case)}  # type: ignore[misc]
+    makers: dict[str, Callable[[], Artifact]] = {}
+    if not theirs:
+        makers = {f"edgepack {kind}": partial(ours, case, 0, format, kind), FLOAT: partial(ours_float, case, format)}
+    makers |= {peer.name: partial(peer.artifact, case, 0) for peer in rivals(format, case)}
     found: dict[str, Artifact] = {}
     failed: list[Entry] = []
     for label, make in makers.items():
