@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,31 +32,44 @@ TFLITE = Dialect(
     every_output=CONVOLUTIONS | {"linear"},
     signed=True,
 )
-DYNAMIC, WEIGHTS_ONLY = replace(TFLITE, name="d8s8-tflite"), replace(TFLITE, name="w8-tflite")
-DIALECTS = (TFLITE.name, DYNAMIC.name, WEIGHTS_ONLY.name)
+DIALECTS = tuple(TFLITE.forms.values())
 
 
 def lower_integers(graph: Graph, plan: Plan) -> Graph:
     """The simulation. Raises Unsupported where the plan asks for what TFLite lacks."""
-    forms = {entry.get("activations", "static") for entry in plan.nodes.values() if "weight" in entry}
-    dialect = TFLITE if "static" in forms else DYNAMIC if "dynamic" in forms else WEIGHTS_ONLY
+    plan = harmonized(graph, plan)
     graph = with_slopes(graph, plan)
-    nodes = {name: _fixed(entry) for name, entry in harmonized(graph, plan).nodes.items()}
-    simulation = quantized(graph, replace(plan, nodes=nodes), dialect)
-    return _rounding(simulation, plan) if "dynamic" in forms else simulation
+    names = aligned(graph.program.module(check_guards=False), plan)
+    forms = {name: _form(node, plan.nodes[name]) for node, name in names.items() if "weight" in plan.nodes[name]}
+    dynamic = {name for name, form in forms.items() if form == "dynamic"}
+    nodes = {name: _fixed(entry, forms.get(name)) for name, entry in plan.nodes.items()}
+    simulation = quantized(graph, replace(plan, nodes=nodes), TFLITE)
+    return _rounding(simulation, plan, dynamic) if dynamic else simulation
 
 
-def _fixed(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _form(node: Node, entry: Mapping[str, Any]) -> str:
+    """How the activations of a weighted operator are rounded; images at run time are slow but for patches."""
+    asked = str(entry.get("activations", "static"))
+    patches = _word(node) == "conv2d" and _groups(node) == 1 and list(node.args[3:4]) == [list(_kernel(node))]
+    return "static" if asked == "dynamic" and _word(node) != "linear" and not patches else asked
+
+
+def _kernel(node: Node) -> Sequence[int]:
+    weight: Any = node.args[1]
+    return tuple(weight.meta["val"].shape[2:])
+
+
+def _fixed(entry: Mapping[str, Any], form: str | None) -> dict[str, Any]:
     """What is rounded at run time reads floats, as far as ranges are concerned."""
-    return {**entry, "activations": "float"} if entry.get("activations") == "dynamic" else dict(entry)
+    return dict(entry) if form is None else {**entry, "activations": "float" if form == "dynamic" else form}
 
 
-def _rounding(simulation: Graph, plan: Plan) -> Graph:
+def _rounding(simulation: Graph, plan: Plan, dynamic: Collection[str]) -> Graph:
     """Round what operators with dynamic activations read as XNNPACK does: rows of a linear layer, whole images."""
     module = simulation.program.module(check_guards=False)
     rounded: dict[tuple[Node, bool], Node] = {}
     for node, name in aligned(module, plan).items():
-        if plan.nodes[name].get("activations") != "dynamic" or not _dynamic(node):
+        if name not in dynamic:
             continue
         source: Any = node.args[0]
         key = (source, _word(node) == "linear")
@@ -64,12 +77,7 @@ def _rounding(simulation: Graph, plan: Plan) -> Graph:
             if key not in rounded:
                 rounded[key] = _rounded(module, source, whole=not key[1])
         node.update_arg(0, rounded[key])
-    return replace(retrace(simulation, module), dialect=simulation.dialect)
-
-
-def _dynamic(node: Node) -> bool:
-    """Whether XNNPACK rounds at run time for an operator; others keep float activations."""
-    return _word(node) == "linear" or (_word(node) == "conv2d" and _groups(node) == 1)
+    return replace(retrace(simulation, module), dialect=TFLITE.forms["dynamic"])
 
 
 def _rounded(module: GraphModule, source: Node, whole: bool) -> Node:

@@ -1,11 +1,12 @@
 """A plan as TFLite's integer operators share grids.
 
-A concatenation reads and writes one grid. A leaky ReLU reads and writes one step, because XNNPACK multiplies by
-fractions of 256; so its slope is such a fraction too.
+A concatenation reads and writes one grid. XNNPACK's leaky ReLU multiplies by whole numbers of 1/256, so the ratio of
+the steps it reads and writes is such a number, and so is what it multiplies negative values by.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,19 +21,27 @@ if TYPE_CHECKING:
     from edgepack.plan import Plan
 
 SAME_GRID = frozenset({"cat", "avg_pool2d"})
-SLOPE = 256  # XNNPACK's slopes are whole numbers of 1/256
-OFF_TIES = 1 - 2.0**-16  # it rounds halves of negative numbers up; a slope that is a little less does so too
+UNITS = 256
+OFF_TIES = 2.0**-18  # XNNPACK rounds halves up; so does the simulation when what it multiplies by is off by this
 DEFAULT_SLOPE = 0.01
 
 
 def with_slopes(graph: Graph, plan: Plan) -> Graph:
-    """The graph with slopes of leaky ReLUs that XNNPACK has."""
+    """The graph with slopes of leaky ReLUs that XNNPACK has between the plan's grids."""
     module = graph.program.module(check_guards=False)
-    leaky = [node for node in aligned(module, plan) if _word(node) in LEAKY]
+    names = aligned(module, plan)
+    leaky = [node for node in names if _word(node) in LEAKY]
     for node in leaky:
         given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", DEFAULT_SLOPE)
-        node.args, node.kwargs = (node.args[0], round(given * SLOPE) / SLOPE * OFF_TIES), {}
+        ratios = [_width(plan, source) / _width(plan, names[node]) for source in _sources(node, names)]
+        ratio = ratios[0] if ratios else 1.0
+        node.args, node.kwargs = (node.args[0], round(given * ratio * UNITS) / UNITS / ratio * (1 - OFF_TIES)), {}
     return retrace(graph, module) if leaky else graph
+
+
+def _width(plan: Plan, name: str) -> float:
+    known = plan.nodes[name].get("range", {"low": 0.0, "high": 1.0})
+    return float(known["high"] - known["low"]) or 1.0
 
 
 def harmonized(graph: Graph, plan: Plan) -> Plan:
@@ -43,10 +52,17 @@ def harmonized(graph: Graph, plan: Plan) -> Plan:
         if _word(node) in SAME_GRID | PASSING:
             for source in _sources(node, names):
                 ranges.join(name, source)
-    pairs = [(source, name) for node, name in names.items() if _word(node) in LEAKY for source in _sources(node, names)]
-    while any(ranges.widen(*pair) for pair in pairs):
-        pass
+    order = [node for node in graph_order(names) if _word(node) in LEAKY]
+    for node in reversed(order):
+        for source in _sources(node, names):
+            ranges.widen(source, names[node])
     return replace(plan, nodes={name: _changed(entry, ranges, name) for name, entry in plan.nodes.items()})
+
+
+def graph_order(names: Mapping[Node, str]) -> list[Node]:
+    """The nodes in the order of computation."""
+    everything = next(iter(names)).graph.nodes if names else ()
+    return [node for node in everything if node in names]
 
 
 def _sources(node: Node, names: Mapping[Node, str]) -> Iterator[str]:
@@ -80,15 +96,14 @@ class _Ranges:
         self.parent[two] = one
         self.ends[one] = min(low, other_low), max(high, other_high)
 
-    def widen(self, one: str, two: str) -> bool:
-        """Give two ranges one width; whether something changed."""
-        if one not in self.parent or two not in self.parent:
-            return False
-        firsts = self.first(one), self.first(two)
-        widths = [self.ends[name][1] - self.ends[name][0] for name in firsts]
-        wide = max(widths)
-        if min(widths) >= wide * (1 - 1e-9):
-            return False
-        for name in firsts:
-            self.ends[name] = self.ends[name][0], self.ends[name][0] + wide
-        return True
+    def widen(self, one: str, two: str) -> None:
+        """Make the first range a little wider, so that its step is an odd number of 1/256 of the second's."""
+        if one not in self.parent or two not in self.parent or self.first(one) == self.first(two):
+            return
+        low, high = self.ends[self.first(one)]
+        other_low, other_high = self.ends[self.first(two)]
+        unit = (other_high - other_low) / UNITS
+        if unit <= 0 or high <= low:
+            return
+        count = math.ceil((high - low) / unit) | 1
+        self.ends[self.first(one)] = low, low + count * unit * (1 + OFF_TIES)
