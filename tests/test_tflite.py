@@ -114,6 +114,15 @@ def test_dynamic_sizes_are_refused_before_the_conversion():
         parts.find(Exporter, "tflite")().lower(graph, Plan())  # type: ignore[type-abstract]
 
 
+def test_a_plan_that_cannot_be_written_is_refused():
+    exporter = parts.find(Exporter, "tflite")()  # type: ignore[type-abstract]
+    with pytest.raises(InputError, match="the plan does not say which operator 'conv2d' is"):
+        exporter.lower(graph_of("pair"), Plan({"conv2d": {"bits": 8}}))
+    half = parts.find(Exporter, "tflite")(precision="float16")  # type: ignore[type-abstract]
+    with pytest.raises(Unsupported, match=r"tflite cannot write what the plan says about 'conv2d' \(bits\)"):
+        half.lower(graph_of("pair"), Plan({"conv2d": {"bits": 8}}))
+
+
 def test_full_disk_is_an_os_error(tmp_path, monkeypatch):
     def full(folder: Path, size_bytes: int) -> None:
         assert size_bytes > 3980
