@@ -12,18 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from edgepack.errors import ParityError, Unsupported
-from edgepack.export._qdq import (
-    ADDITIONS,
-    CONVOLUTIONS,
-    LEAKY,
-    NORMS,
-    PRODUCTS,
-    RELUS,
-    Dialect,
-    Grid,
-    planned_integer,
-    quantized,
-)
+from edgepack.export._integer_dialect import ADDITIONS, CONVOLUTIONS, LEAKY, NORMS, PRODUCTS, RELUS, Dialect, Grid
+from edgepack.export._qdq import planned_integer, quantized
 
 if TYPE_CHECKING:
     from edgepack.contracts import Graph

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepack.errors import MissingExtra, ParityError, require
-from edgepack.export._qdq import ADDITIONS, CONVOLUTIONS, LEAKY, NORMS, RELUS, SILU, Dialect, _word, planned_integer
+from edgepack.export._alignment import word
+from edgepack.export._integer_dialect import ADDITIONS, CONVOLUTIONS, LEAKY, NORMS, RELUS, SILU, Dialect
+from edgepack.export._qdq import planned_integer
 from edgepack.probing import digest, known
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def _slow(node: Node) -> bool:
     fill no vector. Measured on x86 with one thread: such first layers take 1.2 to 2.5 times as long in integers as in
     float, those of 64 channels two thirds.
     """
-    if _word(node) != "conv2d":
+    if word(node) != "conv2d":
         return False
     weight: Any = node.args[1]
     rows, columns = weight.meta["val"].shape[:2]

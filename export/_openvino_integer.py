@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepack.errors import ParityError
-from edgepack.export._qdq import CONVOLUTIONS, LEAKY, NORMS, PRODUCTS, RELUS, Dialect, planned_integer
+from edgepack.export._integer_dialect import CONVOLUTIONS, LEAKY, NORMS, PRODUCTS, RELUS, Dialect
+from edgepack.export._qdq import planned_integer
 
 if TYPE_CHECKING:
     from edgepack.contracts import Graph

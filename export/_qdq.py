@@ -6,8 +6,8 @@ The simulation computes what the artifact must compute, and the artifact is writ
 from __future__ import annotations
 
 import operator
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ import numpy as np
 
 from edgepack.contracts import Graph
 from edgepack.errors import InputError, Unsupported
+from edgepack.export._alignment import PASSING, aligned, floats, kind_of, word
 from edgepack.export._dialects import _assign, _attribute, _drop_unused, retrace
+from edgepack.export._integer_dialect import CONVOLUTIONS, MULTIPLICATIONS, SIGMOID, Dialect, Grid
 from edgepack.export._products import drop_ones, split_silu
 
 if TYPE_CHECKING:
@@ -29,88 +31,6 @@ INT32 = 2**31 - 1
 OFF_TIES = 1 + 1 / 4096  # 0.1 · 5 steps would be halfway between two; 255 steps are still the nearest to 255
 LEAST_STEP = 1e-30
 GRID_ERROR = 1e-6  # of a scale; how far from its grid a weight may be
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """How an engine wants a plan written.
-
-    Attributes:
-        name: as in the manifest; the formats' own modules hold one per engine.
-        fused: operators an engine computes in one with the integer operator before them; a result is quantized
-            behind them, not between.
-        integer: operators without weights that are integer as soon as all they read is quantized.
-        same_step: of ``fused`` or ``integer``, those whose result is quantized in the step of what they read, so
-            that values they pass unchanged are not rounded twice.
-        every_output: weighted operators whose result must be quantized for the engine to compute in integers.
-        both: float operators whose result is quantized for integer readers alone; the others read it as it is.
-        float_bias: weighted operators whose bias the engine adds in float; ``matmul`` is a linear layer on three or
-            more axes.
-        dynamic: weighted operators the engine computes with activations rounded in ranges found at run time.
-        signed: activations are integers from −128 to 127, not from 0 to 255.
-        symmetric: 0 is the integer 0, and −128 is not used; signed only.
-        split: operators written as several, because the engine has integer forms of those only.
-        slow: whether the engine computes a weighted operator faster in float than in integers, by measurement; such
-            operators stay float.
-        detour: sums an engine computes in one with the weighted operator before them, whose result stays float; only
-            what comes another way is quantized.
-    """
-
-    name: str
-    fused: frozenset[str]
-    integer: frozenset[str]
-    same_step: frozenset[str] = frozenset()
-    every_output: frozenset[str] = frozenset()
-    both: frozenset[str] = frozenset()
-    float_bias: frozenset[str] = frozenset()
-    dynamic: frozenset[str] = frozenset()
-    signed: bool = False
-    symmetric: bool = False
-    split: frozenset[str] = frozenset()
-    slow: Callable[[Node], bool] = lambda node: False
-    detour: frozenset[str] = frozenset()
-
-    @property
-    def forms(self) -> dict[str, str]:
-        """Name of the dialect by what the plan says of activations."""
-        return {"static": self.name, "dynamic": f"d8{self.name[2:]}", "float": WEIGHTS_ONLY}
-
-    @property
-    def lowest(self) -> int:
-        """The smallest integer of an activation."""
-        return (-127 if self.symmetric else -128) if self.signed else 0
-
-    @property
-    def highest(self) -> int:
-        """The largest integer of an activation."""
-        return 127 if self.signed else 255
-
-    def grid(self, low: float, high: float, step: float | None = None) -> Grid:
-        """The integers for a range with 0 in it; ``step`` where another grid gives it."""
-        if self.symmetric:
-            return Grid(step or float(np.float32(max(-low, high) / self.highest)) or 1.0, 0)
-        step = step or float(np.float32((high - low) / (self.highest - self.lowest))) or 1.0
-        return Grid(step, int(np.clip(round(self.lowest - low / step), self.lowest, self.highest)))
-
-
-WEIGHTS_ONLY = "w8"
-RELUS = frozenset({"relu", "relu_", "hardtanh", "hardtanh_", "relu6", "relu6_"})
-LEAKY = frozenset({"leaky_relu", "leaky_relu_"})
-CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
-ADDITIONS = frozenset({"add", "add_"})
-NORMS = frozenset({"layer_norm"})
-PRODUCTS = frozenset({"linear", "matmul"})
-MULTIPLICATIONS = frozenset({"mul", "mul_"})
-SILU = frozenset({"silu", "silu_"})
-SIGMOID = {"operator": "sigmoid", "range": {"low": 0.0, "high": 1.0, "bits": 8}}
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Of an activation: value = step · (integer − zero)."""
-
-    step: float
-    zero: int
 
 
 def quantized(graph: Graph, plan: Plan, dialect: Dialect) -> Graph:
@@ -129,39 +49,6 @@ def quantized(graph: Graph, plan: Plan, dialect: Dialect) -> Graph:
     return replace(retrace(graph, module), dialect=writer.form())
 
 
-def aligned(module: GraphModule, plan: Plan) -> dict[Node, str]:
-    """Node of the graph → its name in the plan.
-
-    A change of layout or baked-in preprocessing stands before the network and may shift the numbers in names, so
-    operators of one kind are counted from the end. The result that enters the network takes the name of the input.
-
-    Raises:
-        InputError: the plan names operators that the graph lacks.
-    """
-    planned, present = defaultdict(list), defaultdict(list)
-    for name, entry in plan.nodes.items():
-        if "operator" not in entry:
-            raise InputError(f"the plan does not say which operator {name!r} is", "compress again")
-        planned[entry["operator"]].append(name)
-    for node in module.graph.nodes:
-        if _floating(node):
-            present[_word(node)].append(node)
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    inputs = dict(zip(placeholders, planned.pop("input", []), strict=False))
-    found: dict[Node, str] = {}
-    for kind, names in planned.items():
-        nodes = present[kind][-len(names) :]
-        if len(nodes) < len(names):
-            raise InputError(f"the plan has {len(names)} operators {kind}, the network {len(nodes)}", "compress again")
-        found.update(zip(nodes, names, strict=True))
-    for node in module.graph.nodes:
-        if node not in found and _tensor(node) and any(user in found for user in node.users):
-            origin = _placeholder(node)
-            if origin in inputs:
-                found[node] = inputs[origin]
-    return found
-
-
 @dataclass(eq=False)
 class _Writer:
     module: GraphModule
@@ -173,9 +60,9 @@ class _Writer:
     slow: set[Node] = field(default_factory=set)
 
     def run(self) -> None:
-        for node in [node for node in self.names if _word(node) in self.dialect.split]:
+        for node in [node for node in self.names if word(node) in self.dialect.split]:
             self._split(node)
-        products = [node for node in self.names if _word(node) in MULTIPLICATIONS]
+        products = [node for node in self.names if word(node) in MULTIPLICATIONS]
         for node in [node for node in products if drop_ones(self.module, node, PASSING)]:
             del self.names[node]
         self.slow = {node for node in self.names if "weight" in self._entry(node) and self.dialect.slow(node)}
@@ -196,12 +83,12 @@ class _Writer:
     def _activations(self, node: Node) -> str:
         """How the activations that a weighted operator reads are rounded: ``static``, ``dynamic`` or ``float``."""
         asked = str(self._entry(node).get("activations", "static"))
-        if asked != "dynamic" or _word(node) in self.dialect.dynamic:
+        if asked != "dynamic" or word(node) in self.dialect.dynamic:
             return asked
-        if _word(node) in CONVOLUTIONS and self.dialect.dynamic:
+        if word(node) in CONVOLUTIONS and self.dialect.dynamic:
             return "float"  # products with ranges found at run time are fast, such convolutions slower than float
         raise Unsupported(
-            f"this format has no {_word(node)} that rounds activations in ranges found at run time ({node.name})",
+            f"this format has no {word(node)} that rounds activations in ranges found at run time ({node.name})",
             "activations = 'static' in quantize",
         )
 
@@ -251,18 +138,18 @@ class _Writer:
                 if not self._static(node):
                     continue
                 self._mark_one(node.args[0], node)
-                if _word(node) in self.dialect.every_output:
+                if word(node) in self.dialect.every_output:
                     self._mark_result(node)
-            elif _word(node) in self.dialect.detour:
+            elif word(node) in self.dialect.detour:
                 self._mark_detour(node)
-            elif _word(node) in self.dialect.integer and all(self._integer(source) for source in _floats(node)):
-                for source in _floats(node):
+            elif word(node) in self.dialect.integer and all(self._integer(source) for source in floats(node)):
+                for source in floats(node):
                     self._mark_one(source, node)
                 self._mark_result(node)
 
     def _mark_detour(self, node: Node) -> None:
         """Of two integer ways into a sum, quantize the one that does not end in the last weighted operator."""
-        ways = list(_floats(node))
+        ways = list(floats(node))
         if len(ways) != 2 or not all(self._integer(way) for way in ways):
             return
         order = {before: place for place, before in enumerate(self.module.graph.nodes)}
@@ -274,22 +161,22 @@ class _Writer:
 
     def _integer(self, node: Node) -> bool:
         """Whether a value is, or can be, the result of an integer operator or a rearrangement of one."""
-        while _word(node) in PASSING and isinstance(node.args[0], type(node)) and node not in self.grids:
+        while word(node) in PASSING and isinstance(node.args[0], type(node)) and node not in self.grids:
             node = node.args[0]
-        if _word(node) in self.dialect.both:
+        if word(node) in self.dialect.both:
             return False
         return node in self.grids or self._static(node)
 
     def _mark_result(self, node: Node) -> None:
         behind = next(iter(node.users)) if len(node.users) == 1 else None
-        self._mark_one(behind if behind is not None and _word(behind) in self.dialect.fused else node, node)
+        self._mark_one(behind if behind is not None and word(behind) in self.dialect.fused else node, node)
 
     def _mark_one(self, node: Any, reader: Node) -> None:
         known = self._entry(node).get("range") if node in self.names else None
         if known is None:
             raise Unsupported(f"the plan has no range for what {reader.name} reads", "compress again")
         step = None
-        if _word(node) in self.dialect.same_step and node.args[0] in self.grids:
+        if word(node) in self.dialect.same_step and node.args[0] in self.grids:
             step = float(np.float32(self.grids[node.args[0]].step * OFF_TIES))
         self.grids.setdefault(node, self.dialect.grid(known["low"], known["high"], step))
 
@@ -310,7 +197,7 @@ class _Writer:
 
     def _reads_integers(self, user: Node, node: Node) -> bool:
         """Whether a reader of a quantized value takes what was rounded."""
-        if _word(node) not in self.dialect.both:
+        if word(node) not in self.dialect.both:
             return True
         return self._static(user)
 
@@ -321,7 +208,7 @@ class _Writer:
         scale = self.plan.tensors[f"{self.names[node]}/weight_scale"]
         where = str(weight.target)
         node.update_arg(1, self._integers(node, where, _on_grid(self._values(weight), scale, where), scale, shared))
-        if bias is None or not self._static(node) or _kind(node) in self.dialect.float_bias:
+        if bias is None or not self._static(node) or kind_of(node) in self.dialect.float_bias:
             return
         source = next(before for before, after in pairs.items() if after is node.args[0])
         steps = (scale * np.float32(self.grids[source].step)).astype(np.float32)
@@ -365,51 +252,11 @@ def _on_grid(values: Array, scale: Array, name: str) -> Array:
     return whole.astype(np.int8)
 
 
-PASSING = frozenset({
-    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose",
-    "contiguous", "clone", "alias", "detach", "dropout", "slice", "select", "pad", "expand",
-    "max_pool1d", "max_pool2d", "max_pool3d",
-})  # fmt: skip
-
-
-def _floats(node: Node) -> Iterator[Node]:
-    return (source for source in node.all_input_nodes if _tensor(source))
-
-
-def _tensor(node: Node) -> bool:
-    import torch
-
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dtype == torch.float32
-
-
-def _floating(node: Node) -> bool:
-    return node.op == "call_function" and _tensor(node)
-
-
-def _placeholder(node: Node) -> Node | None:
-    """The input that a node's value comes from."""
-    while node.op != "placeholder":
-        if not node.all_input_nodes:
-            return None
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _word(node: Node) -> str:
-    return str(node.target).removeprefix("aten.").partition(".")[0]
-
-
-def _kind(node: Node) -> str:
-    """A linear layer on rows of more than one axis is a matrix product to most engines."""
-    return "matmul" if _word(node) == "linear" and node.meta["val"].dim() > 2 else _word(node)
-
-
 def planned_integer(simulation: Graph) -> Counter[str]:
     """Operators that read integer weights, by kind."""
     kinds: Counter[str] = Counter()
     for node in simulation.program.graph.nodes:
         sources = [source for source in node.all_input_nodes if "dequantize_per_channel" in str(source.target)]
         if sources:
-            kinds[_word(node)] += 1
+            kinds[word(node)] += 1
     return kinds

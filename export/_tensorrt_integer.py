@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgepack.errors import Unsupported
-from edgepack.export._qdq import ADDITIONS, CONVOLUTIONS, NORMS, PRODUCTS, Dialect, quantized
+from edgepack.export._integer_dialect import ADDITIONS, CONVOLUTIONS, NORMS, PRODUCTS, Dialect
+from edgepack.export._qdq import quantized
 
 if TYPE_CHECKING:
     from edgepack.contracts import Graph

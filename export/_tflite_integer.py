@@ -13,8 +13,10 @@ import numpy as np
 
 from edgepack.contracts import Graph
 from edgepack.errors import ParityError, require
+from edgepack.export._alignment import aligned, word
 from edgepack.export._dialects import _assign, _attribute, _groups, retrace
-from edgepack.export._qdq import ADDITIONS, CONVOLUTIONS, LEAKY, RELUS, Dialect, _word, aligned, quantized
+from edgepack.export._integer_dialect import ADDITIONS, CONVOLUTIONS, LEAKY, RELUS, Dialect
+from edgepack.export._qdq import quantized
 from edgepack.export._tflite_file import constant
 from edgepack.export._tflite_quantized import WEIGHTED, Weight
 from edgepack.export._tflite_ranges import harmonized, with_slopes
@@ -50,8 +52,8 @@ def lower_integers(graph: Graph, plan: Plan) -> Graph:
 def _form(node: Node, entry: Mapping[str, Any]) -> str:
     """How the activations of a weighted operator are rounded; images at run time are slow but for patches."""
     asked = str(entry.get("activations", "static"))
-    patches = _word(node) == "conv2d" and _groups(node) == 1 and list(node.args[3:4]) == [list(_kernel(node))]
-    return "static" if asked == "dynamic" and _word(node) != "linear" and not patches else asked
+    patches = word(node) == "conv2d" and _groups(node) == 1 and list(node.args[3:4]) == [list(_kernel(node))]
+    return "static" if asked == "dynamic" and word(node) != "linear" and not patches else asked
 
 
 def _kernel(node: Node) -> Sequence[int]:
@@ -72,7 +74,7 @@ def _rounding(simulation: Graph, plan: Plan, dynamic: Collection[str]) -> Graph:
         if name not in dynamic:
             continue
         source: Any = node.args[0]
-        key = (source, _word(node) == "linear")
+        key = (source, word(node) == "linear")
         with module.graph.inserting_before(node):
             if key not in rounded:
                 rounded[key] = _rounded(module, source, whole=not key[1])

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from edgepack.export._alignment import PASSING, aligned, word
 from edgepack.export._dialects import retrace
-from edgepack.export._qdq import LEAKY, PASSING, _word, aligned
+from edgepack.export._integer_dialect import LEAKY
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -30,7 +31,7 @@ def with_slopes(graph: Graph, plan: Plan) -> Graph:
     """The graph with slopes of leaky ReLUs that XNNPACK has between the plan's grids."""
     module = graph.program.module(check_guards=False)
     names = aligned(module, plan)
-    leaky = [node for node in names if _word(node) in LEAKY]
+    leaky = [node for node in names if word(node) in LEAKY]
     for node in leaky:
         given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", DEFAULT_SLOPE)
         ratios = [_width(plan, source) / _width(plan, names[node]) for source in _sources(node, names)]
@@ -49,10 +50,10 @@ def harmonized(graph: Graph, plan: Plan) -> Plan:
     names = aligned(graph.program.module(check_guards=False), plan)
     ranges = _Ranges({name: entry["range"] for name, entry in plan.nodes.items() if "range" in entry})
     for node, name in names.items():
-        if _word(node) in SAME_GRID | PASSING:
+        if word(node) in SAME_GRID | PASSING:
             for source in _sources(node, names):
                 ranges.join(name, source)
-    order = [node for node in graph_order(names) if _word(node) in LEAKY]
+    order = [node for node in graph_order(names) if word(node) in LEAKY]
     for node in reversed(order):
         for source in _sources(node, names):
             ranges.widen(source, names[node])

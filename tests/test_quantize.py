@@ -262,7 +262,7 @@ def test_what_cannot_work_says_so(
 
 
 def test_fronts_shift_names_and_alignment_finds_them(tmp_path: Path) -> None:
-    from edgepack.export._qdq import aligned
+    from edgepack.export._alignment import aligned
 
     class Odd(nn.Module):
         """Has operators of the kinds that a front adds before them."""

@@ -1,0 +1,93 @@
+"""How an engine wants a quantization plan written: the words exporters say it in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+RELUS = frozenset({"relu", "relu_", "hardtanh", "hardtanh_", "relu6", "relu6_"})
+LEAKY = frozenset({"leaky_relu", "leaky_relu_"})
+CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
+ADDITIONS = frozenset({"add", "add_"})
+NORMS = frozenset({"layer_norm"})
+PRODUCTS = frozenset({"linear", "matmul"})
+MULTIPLICATIONS = frozenset({"mul", "mul_"})
+SILU = frozenset({"silu", "silu_"})
+WEIGHTS_ONLY = "w8"  # the dialect of files whose activations are float
+SIGMOID = {"operator": "sigmoid", "range": {"low": 0.0, "high": 1.0, "bits": 8}}
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How an engine wants a plan written.
+
+    Attributes:
+        name: as in the manifest; the formats' own modules hold one per engine.
+        fused: operators an engine computes in one with the integer operator before them; a result is quantized
+            behind them, not between.
+        integer: operators without weights that are integer as soon as all they read is quantized.
+        same_step: of ``fused`` or ``integer``, those whose result is quantized in the step of what they read, so
+            that values they pass unchanged are not rounded twice.
+        every_output: weighted operators whose result must be quantized for the engine to compute in integers.
+        both: float operators whose result is quantized for integer readers alone; the others read it as it is.
+        float_bias: weighted operators whose bias the engine adds in float; ``matmul`` is a linear layer on three or
+            more axes.
+        dynamic: weighted operators the engine computes with activations rounded in ranges found at run time.
+        signed: activations are integers from −128 to 127, not from 0 to 255.
+        symmetric: 0 is the integer 0, and −128 is not used; signed only.
+        split: operators written as several, because the engine has integer forms of those only.
+        slow: whether the engine computes a weighted operator faster in float than in integers, by measurement; such
+            operators stay float.
+        detour: sums an engine computes in one with the weighted operator before them, whose result stays float; only
+            what comes another way is quantized.
+    """
+
+    name: str
+    fused: frozenset[str]
+    integer: frozenset[str]
+    same_step: frozenset[str] = frozenset()
+    every_output: frozenset[str] = frozenset()
+    both: frozenset[str] = frozenset()
+    float_bias: frozenset[str] = frozenset()
+    dynamic: frozenset[str] = frozenset()
+    signed: bool = False
+    symmetric: bool = False
+    split: frozenset[str] = frozenset()
+    slow: Callable[[Node], bool] = lambda node: False
+    detour: frozenset[str] = frozenset()
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """Name of the dialect by what the plan says of activations."""
+        return {"static": self.name, "dynamic": f"d8{self.name[2:]}", "float": WEIGHTS_ONLY}
+
+    @property
+    def lowest(self) -> int:
+        """The smallest integer of an activation."""
+        return (-127 if self.symmetric else -128) if self.signed else 0
+
+    @property
+    def highest(self) -> int:
+        """The largest integer of an activation."""
+        return 127 if self.signed else 255
+
+    def grid(self, low: float, high: float, step: float | None = None) -> Grid:
+        """The integers for a range with 0 in it; ``step`` where another grid gives it."""
+        if self.symmetric:
+            return Grid(step or float(np.float32(max(-low, high) / self.highest)) or 1.0, 0)
+        step = step or float(np.float32((high - low) / (self.highest - self.lowest))) or 1.0
+        return Grid(step, int(np.clip(round(self.lowest - low / step), self.lowest, self.highest)))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Of an activation: value = step · (integer − zero)."""
+
+    step: float
+    zero: int
