@@ -38,6 +38,7 @@ BITS = 8
 NAMED = 8  # layers that a note lists
 BIAS_STEPS = 2.0**26  # a bias is at most this many steps of its 32-bit grid
 CONVOLUTIONS = tuple(operator for operator in WEIGHTED if operator is not aten.linear)
+RANGED = ("static", "auto")  # forms for which layers are corrected as ranges fixed now have it
 Range = tuple[float, float]
 
 
@@ -133,7 +134,7 @@ class Quantizing:
         self.run_.record("saturation", {"target": self.options.target, "layers": paths})
 
     def _explain(self, graph: Graph, before: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
-        names, static = _inputs(graph), self.options.form == "static"
+        names, static = _inputs(graph), self.options.form in RANGED
         tried = [name for name in OTHERS if static and self.seen and name != self.options.calibrate]
         others = {f"calibrate = {name!r}": _fake(self._ranges(graph, name), names) for name in tried}
         found = Sensitivity(
@@ -273,7 +274,7 @@ class Quantizing:
 
     def _activations(self, ranges: Mapping[str, Range], graph: Graph) -> Callable[[fx.Node, Tensor], Tensor]:
         """What rounding of activations does to the layers behind it, as far as it is the same for all engines."""
-        if self.options.form == "static":
+        if self.options.form in RANGED:
             return _fake(ranges, _inputs(graph))
         return _fake_found if self.options.form == "dynamic" else _as_it_is
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from edgepack.task import Task
 
 CALIBRATIONS = ("minmax", "percentile", "mse", "entropy")
-ACTIVATIONS = ("static", "dynamic")
+ACTIVATIONS = ("static", "dynamic", "auto")
 TARGETS = ("avx2",)
 ROUNDINGS = ("nearest", "gptq")
 
@@ -37,7 +37,8 @@ class Quantize(Pass):
             of the size that compute in float.
         activations: ``static``: ranges are fixed now, from ``task.calibration``. ``dynamic``: linear layers find the
             range of what they read, over the whole batch, when they run; convolutions compute in float where the
-            engine would be slow otherwise.
+            engine would be slow otherwise. ``auto``: each export writes both, where its format has both, and keeps the
+            faster on this machine of those close to the original.
         calibrate: how ranges are read from what was seen: ``minmax`` (all of it), ``percentile`` (99.99 %), ``mse``
             (least squared error), ``entropy`` (least divergence of the distribution).
         rounding: of weights: ``nearest``, or ``gptq``: columns in turn, each error passed on to those that follow.
@@ -96,7 +97,7 @@ class Quantize(Pass):
 
     @property
     def form(self) -> str:
-        """How activations are rounded: ``static``, ``dynamic``, or ``float`` for not at all."""
+        """How activations are rounded: ``static``, ``dynamic``, ``auto``, or ``float`` for not at all."""
         return "float" if self.weight_bits is not None and self.activation_bits is None else self.activations
 
     def check(self, module: nn.Module, task: Task) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,6 +15,7 @@ import numpy as np
 
 from edgepack import parts, probing, scoring
 from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, Parity, describe_files, replacing
+from edgepack.choosing import Choice, choose, decided, undecided
 from edgepack.collector import without_collection
 from edgepack.compressing import BASELINE, COMPRESSED
 from edgepack.contracts import FLOAT_LIMIT, INTEGERS, Exporter, Graph, Preprocessing, TensorSpec
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from edgepack.sheet import Budget
     from edgepack.task import Task
 
+WORK = "work"  # scratch
 PACKAGES = (
     "torch", "onnx", "onnxruntime", "openvino", "litert-torch", "ai-edge-litert", "coremltools", "tensorrt",
 )  # fmt: skip
@@ -142,6 +145,22 @@ class _Stage:
             raise StepError(message, error) from error
 
     def _write(self, folder: Path, source: Source, exporter: Exporter, fingerprint: str) -> Artifact:
+        if exporter.precision != "plan" or not undecided(source.plan):
+            return self._keep(folder, source, exporter, fingerprint)
+        trials = replace(self, task=None, budget=None)
+        (self.out / WORK).mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.out / WORK) as place:
+
+            def write(form: str) -> Artifact:
+                self.progress.start(f"trying activations = {form!r}")
+                return trials._keep(Path(place) / form, _with_form(source, form), exporter, fingerprint)
+
+            choice = choose(write, self.progress)
+        return self._keep(folder, _with_form(source, choice.form), exporter, fingerprint, choice)
+
+    def _keep(
+        self, folder: Path, source: Source, exporter: Exporter, fingerprint: str, choice: Choice | None = None
+    ) -> Artifact:
         began = time.perf_counter()
         graph = with_front(source.graph, exporter.layout, exporter.normalize)
         simulation = exporter.lower(graph, source.plan)
@@ -150,7 +169,7 @@ class _Stage:
             census = exporter.write(simulation, temporary)
             golden.save(temporary / GOLDEN)
             seconds = round(time.perf_counter() - began, 3)
-            step = {"part": exporter.format, "options": parts.options_of(exporter), "seconds": seconds, "notes": []}
+            step = {"part": exporter.format, "options": parts.options_of(exporter), "seconds": seconds, **_said(choice)}
             manifest = Manifest(
                 format=exporter.format,
                 name=exporter.name or exporter.format,
@@ -227,9 +246,11 @@ def simulation_of(artifact: Artifact) -> Graph:
     inside = artifact.folder.parent
     folder = inside / "pt2" if inside.name == BASELINE else inside / COMPRESSED
     source = Source.open(folder)
-    exporter = build(Exporter, {"use": artifact.manifest.format, **artifact.manifest.history[-1]["options"]})
+    step = artifact.manifest.history[-1]
+    exporter = build(Exporter, {"use": artifact.manifest.format, **step["options"]})
     graph = with_front(source.graph, exporter.layout, exporter.normalize)
-    simulation = exporter.lower(graph, source.plan)
+    plan = decided(source.plan, step["activations"]) if "activations" in step else source.plan
+    simulation = exporter.lower(graph, plan)
     golden = artifact.golden()
     for name, answers in run_graph(simulation, golden.inputs).items():
         if max_relative(answers, golden.simulation[name]) > FLOAT_LIMIT:
@@ -247,6 +268,15 @@ def _current(folder: Path, fingerprint: str) -> Artifact | None:
     except (InputError, IntegrityError):
         return None
     return artifact
+
+
+def _with_form(source: Source, form: str) -> Source:
+    return replace(source, plan=decided(source.plan, form))
+
+
+def _said(choice: Choice | None) -> dict[str, Any]:
+    """What a step says of the form that was chosen; ``simulation_of`` reads it again."""
+    return {"notes": []} if choice is None else {"notes": [choice.note], "activations": choice.form}
 
 
 def _golden(source: Source, graph: Graph, simulation: Graph) -> Golden:

@@ -234,7 +234,7 @@ def test_calibration_is_streamed(tmp_path: Path) -> None:
     ("options", "sentence"),
     [
         ({"bits": 4}, "bits is 8, not 4"),
-        ({"activations": "sometimes"}, "activations is one of static, dynamic, not 'sometimes'"),
+        ({"activations": "sometimes"}, "activations is one of static, dynamic, auto, not 'sometimes'"),
         ({"calibrate": "max"}, "calibrate is one of minmax, percentile, mse, entropy, not 'max'"),
         ({"leave": "conv1"}, "leave is a list of layer names or patterns, not 'conv1'"),
     ],

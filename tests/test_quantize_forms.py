@@ -199,7 +199,7 @@ def test_values_that_a_norm_hands_on_unrounded(tmp_path: Path) -> None:
         ({"activation_bits": 8}, "activation_bits needs weight_bits"),
         ({"weight_bits": 5}, "weight_bits is 8, not 5"),
         ({"weight_bits": 8, "activations": "dynamic"}, "weight_bits without activation_bits leaves them float"),
-        ({"activations": "now"}, "activations is one of static, dynamic, not 'now'"),
+        ({"activations": "now"}, "activations is one of static, dynamic, auto, not 'now'"),
     ],
 )
 def test_options_that_contradict_each_other(options: dict[str, Any], message: str) -> None:
