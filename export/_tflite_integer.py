@@ -18,8 +18,9 @@ from edgepack.export._dialects import _assign, _attribute, _groups, retrace
 from edgepack.export._integer_dialect import ADDITIONS, CONVOLUTIONS, LEAKY, RELUS, Dialect
 from edgepack.export._qdq import quantized
 from edgepack.export._tflite_file import constant
-from edgepack.export._tflite_quantized import WEIGHTED, Weight
+from edgepack.export._tflite_quantized import WEIGHTED
 from edgepack.export._tflite_ranges import harmonized, with_slopes
+from edgepack.export._tflite_weights import Weight
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node

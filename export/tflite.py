@@ -12,7 +12,8 @@ from edgepack.contracts import Census, Exporter, Graph
 from edgepack.errors import Unsupported, require
 from edgepack.export._dialects import lower_float, refuse_plan
 from edgepack.export._tflite_integer import DIALECTS, float_weights, hold_integers, lower_integers
-from edgepack.export._tflite_quantized import Weight, quantize
+from edgepack.export._tflite_quantized import quantize
+from edgepack.export._tflite_weights import Weight
 from edgepack.graph import fixed_batch
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from edgepack.data import Batch  # noqa: E402
 from edgepack.errors import ParityError  # noqa: E402
 from edgepack.export._tflite_file import constant  # noqa: E402
 from edgepack.export._tflite_integer import float_weights, hold_integers, lower_integers  # noqa: E402
-from edgepack.export._tflite_quantized import Weight  # noqa: E402
 from edgepack.export._tflite_ranges import harmonized  # noqa: E402
+from edgepack.export._tflite_weights import Weight  # noqa: E402
 from edgepack.export.tflite import Tflite  # noqa: E402
 from edgepack.exporting import Source, export  # noqa: E402
 from edgepack.graph import fixed_batch, run_graph  # noqa: E402
