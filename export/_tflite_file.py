@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,33 +16,10 @@ import numpy as np
 from edgepack.contracts import Graph
 from edgepack.errors import Unsupported, require
 from edgepack.export._dialects import exact_half
+from edgepack.export._tflite_packing import Blob, packed
 
-ALIGNMENT = 16  # of every buffer, by the schema
-IDENTIFIER = b"TFL3"
 METADATA = "edgepack"
 KEPT_METADATA = (b"min_runtime_version",)
-ROOM_BYTES = 1 << 16
-
-
-@dataclass(frozen=True)
-class _Blob:
-    """A buffer that is written aligned, which the schema's own classes do not do."""
-
-    data: np.ndarray[Any, Any] | None = None
-
-    def Pack(self, builder: Any) -> Any:
-        schema = require("ai_edge_litert.schema_py_generated", "tflite")
-
-        vector = None
-        if self.data is not None:
-            builder.StartVector(1, self.data.size, ALIGNMENT)
-            builder.head -= self.data.size
-            builder.Bytes[builder.head : builder.head + self.data.size] = self.data.tobytes()
-            vector = builder.EndVector()
-        schema.BufferStart(builder)
-        if vector is not None:
-            schema.BufferAddData(builder, vector)
-        return schema.BufferEnd(builder)
 
 
 def finish(
@@ -66,7 +43,7 @@ def finish(
         change(schema, model)
     facts = _described(graph) if describe else None
     _gather_buffers(schema, model, facts)
-    return _packed(model)
+    return packed(model)
 
 
 def used_only(model: Any) -> None:
@@ -128,7 +105,7 @@ def _store_half(schema: Any, model: Any) -> None:
         weight = schema.TensorT()
         weight.shape, weight.type = tensor.shape, schema.TensorType.FLOAT16
         weight.buffer = len(model.buffers)
-        model.buffers.append(_Blob(_bytes(stored)))
+        model.buffers.append(Blob(_bytes(stored)))
         tensor.buffer = 0
         operator = schema.OperatorT()
         operator.opcodeIndex = code
@@ -147,14 +124,14 @@ def _store_half(schema: Any, model: Any) -> None:
 
 def _gather_buffers(schema: Any, model: Any, facts: bytes | None) -> None:
     """Every content once; buffer 0 is the empty one, as the schema asks."""
-    kept, places = [_Blob()], {b"": 0}
+    kept, places = [Blob()], {b"": 0}
 
     def place(number: int) -> int:
         data = model.buffers[number].data
         content = b"" if data is None else np.asarray(data, np.uint8).tobytes()
         if content not in places:
             places[content] = len(kept)
-            kept.append(_Blob(np.frombuffer(content, np.uint8)))
+            kept.append(Blob(np.frombuffer(content, np.uint8)))
         return places[content]
 
     for subgraph in model.subgraphs:
@@ -166,7 +143,7 @@ def _gather_buffers(schema: Any, model: Any, facts: bytes | None) -> None:
     if facts is not None:
         entry = schema.MetadataT()
         entry.name, entry.buffer = METADATA.encode(), len(kept)
-        kept.append(_Blob(np.frombuffer(facts, np.uint8)))
+        kept.append(Blob(np.frombuffer(facts, np.uint8)))
         metadata.append(entry)
     model.metadata, model.metadataBuffer, model.buffers = metadata, None, kept
 
@@ -177,18 +154,6 @@ def _described(graph: Graph) -> bytes:
         "preprocessing": {name: asdict(how) for name, how in graph.preprocessing.items()},
     }
     return json.dumps(facts, ensure_ascii=False).encode()
-
-
-def _packed(model: Any) -> bytes:
-    flatbuffers = require("flatbuffers", "tflite")
-
-    size_bytes = sum(blob.data.size + ALIGNMENT for blob in model.buffers if blob.data is not None)
-    builder = flatbuffers.Builder(size_bytes + ROOM_BYTES)
-    try:
-        builder.Finish(model.Pack(builder), file_identifier=IDENTIFIER)
-    except flatbuffers.builder.BuilderSizeError as error:
-        raise Unsupported("a TFLite file holds at most 2 GiB", "export to openvino, or compress first") from error
-    return bytes(builder.Output())
 
 
 def constant(schema: Any, model: Any, tensor: Any) -> np.ndarray[Any, Any] | None:

@@ -116,6 +116,18 @@ def test_the_whole_network_is_one_integer_partition(made: tuple[Source, Artifact
     assert "float32" not in manifest.census["weight_bytes"]
 
 
+def test_zero_points_are_written_once(made: tuple[Source, Artifact]) -> None:
+    subgraph = schema.Model.GetRootAs(made[1].file(".tflite").read_bytes()).Subgraphs(0)
+    grids = [subgraph.Tensors(place).Quantization() for place in range(subgraph.TensorsLength())]
+    vectors = [
+        (grid.ZeroPointAsNumpy().tobytes(), grid._tab.Vector(grid._tab.Offset(10)))
+        for grid in grids
+        if grid is not None
+    ]
+    assert len(vectors) > len(set(vectors)) == len({content for content, _ in vectors})
+    assert all(grid.ZeroPointLength() == grid.ScaleLength() for grid in grids if grid is not None)
+
+
 def test_weights_and_scales_are_the_plans_bit_for_bit(made: tuple[Source, Artifact]) -> None:
     source, artifact = made
     model = model_of(artifact)
