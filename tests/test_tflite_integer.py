@@ -34,7 +34,7 @@ from edgepack.runtimes.tflite import Tflite as Engine  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
-SHAPE = (1, 3, 8, 8)
+SHAPE = (1, 5, 8, 8)  # not an image: a narrow convolution of one stays float
 
 
 class Samples:
@@ -57,7 +57,7 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.first, self.norm = nn.Conv2d(5, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
         self.depthwise, self.point = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)
         self.down, self.last = nn.Conv2d(8, 12, 3, 2, 1), nn.Linear(20, 6)
 
@@ -74,7 +74,7 @@ class Once(nn.Module):
 
     def __init__(self, function: Callable[[Tensor], Tensor], channels: int = 8) -> None:
         super().__init__()
-        self.conv, self.function, self.out = nn.Conv2d(3, 8, 3), function, nn.Conv2d(channels, 4, 1)
+        self.conv, self.function, self.out = nn.Conv2d(SHAPE[1], 8, 3), function, nn.Conv2d(channels, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.function(self.conv(x)))
@@ -82,7 +82,7 @@ class Once(nn.Module):
 
 def compressed(folder: Path, module: nn.Module, **options: Any) -> Source:
     values = np.random.default_rng(0).standard_normal((24, *SHAPE[1:])).astype(np.float32)
-    task = Task((Input("x", SHAPE),), calibration=Samples(values))  # type: ignore[arg-type]
+    task = Task((Input("x", SHAPE, layout="NCHW"),), calibration=Samples(values))  # type: ignore[arg-type]
     compress(module.eval(), task, [Quantize(**options)], folder, Silent())
     return Source.open(folder / "compressed")
 
@@ -216,12 +216,28 @@ def test_other_interfaces_of_the_same_plan(made: tuple[Source, Artifact]) -> Non
     assert "TRANSPOSE" not in manifest.census["operators"]
 
 
+@pytest.mark.parametrize(("channels", "rows", "stays"), [(3, 16, True), (5, 16, False), (3, 17, False)])
+def test_a_narrow_convolution_of_an_image_stays_float(tmp_path: Path, channels: int, rows: int, stays: bool) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(channels, rows, 3), nn.ReLU(), nn.Conv2d(rows, 4, 1))
+    values = np.random.default_rng(0).standard_normal((24, channels, 8, 8)).astype(np.float32)
+    task = Task((Input("x", (1, channels, 8, 8), layout="NCHW"),), calibration=Samples(values))  # type: ignore[arg-type]
+    compress(module.eval(), task, [Quantize()], tmp_path, Silent())
+    manifest = export(tmp_path, [Tflite()], Silent())[0].artifact.manifest
+    assert manifest.parity.status == "checked"
+    assert manifest.census is not None
+    left = 4 * rows * (channels * 9 + 1) if stays else 0
+    assert manifest.census["weight_bytes"].get("float32", 0) == left
+    assert manifest.census["operators"]["QUANTIZE"] == 1
+    assert manifest.census["notes"][-1].endswith("in 1 partition")
+
+
 class Mixed(nn.Module):
     """What transformers are made of: a convolution for patches, layer norms, linear layers on rows."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.patches, self.norm = nn.Conv2d(3, 32, 4, 4), nn.LayerNorm(32)
+        self.patches, self.norm = nn.Conv2d(5, 32, 4, 4), nn.LayerNorm(32)
         self.wide, self.narrow, self.out = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -246,7 +262,7 @@ def test_weights_of_8_bits_with_other_activations(
     simulation = Tflite().lower(mixed.graph, Plan(nodes, mixed.plan.tensors))
     assert simulation.dialect == dialect
     census = Tflite().write(simulation, tmp_path)
-    assert census.weight_bytes["int8"] == 32 * 48 + 2 * 32 * 64 + 32 * 5
+    assert census.weight_bytes["int8"] == 32 * 80 + 2 * 32 * 64 + 32 * 5
     assert census.notes[-1].endswith("in 1 partition")
     x = np.random.default_rng(3).standard_normal((8, *SHAPE[1:])).astype(np.float32)
     expected = run_graph(simulation, {"x": x})["output"]
