@@ -160,6 +160,25 @@ def _target(node: Any) -> Any:
     return getattr(node, "target", None)
 
 
+def choices(simulation: Graph, weights: Sequence[Weight]) -> list[str]:
+    """What the dialect does otherwise than the plan asks, as sentences."""
+    static = sum(weight.readers for weight in weights if weight.form == "static")
+    image = sum(
+        node.op == "call_function" and node.args[1].op in ("get_attr", "placeholder")
+        for node in simulation.program.graph.nodes
+        if word(node) == "conv2d" and _image(node)
+    )
+    notes = []
+    if simulation.dialect == TFLITE.forms["dynamic"] and static:
+        notes.append(
+            f"{static} convolutions round what they read in ranges from calibration, which is faster than in ranges "
+            "found at run time; linear layers find theirs at run time"
+        )
+    if simulation.dialect in DIALECTS and image:
+        notes.append(f"{image} convolution{'s' * (image > 1)} with few channels of an image in float")
+    return notes
+
+
 def hold_integers(data: bytes, weights: Sequence[Weight]) -> None:
     """Every operator that was planned in integers reads the planned integers of the file.
 

@@ -11,7 +11,7 @@ from edgepack.artifact import reserve
 from edgepack.contracts import Census, Exporter, Graph
 from edgepack.errors import Unsupported, require
 from edgepack.export._dialects import lower_float, refuse_plan
-from edgepack.export._tflite_integer import DIALECTS, float_weights, hold_integers, lower_integers
+from edgepack.export._tflite_integer import DIALECTS, choices, float_weights, hold_integers, lower_integers
 from edgepack.export._tflite_quantized import quantize
 from edgepack.export._tflite_weights import Weight
 from edgepack.graph import fixed_batch
@@ -62,6 +62,7 @@ class Tflite(Exporter):
         found = census((folder / MODEL).read_bytes(), simulation)
         left_bytes = found.weight_bytes.get("float32", 0) if half else 0
         notes = [f"{left_bytes} bytes of biases and constants stay float32"] if left_bytes else []
+        notes += choices(simulation, weights)
         return replace(found, notes=(*notes, *found.notes))
 
 

@@ -229,6 +229,7 @@ def test_a_narrow_convolution_of_an_image_stays_float(tmp_path: Path, channels: 
     left = 4 * rows * (channels * 9 + 1) if stays else 0
     assert manifest.census["weight_bytes"].get("float32", 0) == left
     assert manifest.census["operators"]["QUANTIZE"] == 1
+    assert ("1 convolution with few channels of an image in float" in manifest.census["notes"]) == stays
     assert manifest.census["notes"][-1].endswith("in 1 partition")
 
 
@@ -276,3 +277,15 @@ def test_weights_of_8_bits_with_other_activations(
         far = sqnr_db(found, run_graph(mixed.graph, {"x": x})["output"])
         assert far is not None
         assert far < near
+
+
+def test_dynamic_files_say_which_ranges_are_known(made: tuple[Source, Artifact], tmp_path: Path) -> None:
+    source = made[0]
+    nodes = {
+        name: {**entry, "activations": "dynamic"} if "weight" in entry else entry
+        for name, entry in source.plan.nodes.items()
+    }
+    census = Tflite().write(Tflite().lower(source.graph, Plan(nodes, source.plan.tensors)), tmp_path)
+    assert any(
+        note.startswith("4 convolutions round what they read in ranges from calibration") for note in census.notes
+    )
