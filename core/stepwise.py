@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
 ON_GRID = 0.02  # of a step; how far a float tensor of the file may be from the grid it is said to be on
-QUANTIZE = "quantized_decomposed.quantize_per_tensor."  # .default in a fixed range, .tensor in one found at run time
+FOUND = "quantized_decomposed.quantize_per_tensor.tensor"  # in a range found at run time
+QUANTIZE = ("quantized_decomposed.quantize_per_tensor.default", FOUND)
 
 
 @dataclass
@@ -34,15 +35,12 @@ class Stepwise:
         compared: rounded values of the simulation that the file holds too.
         absent: those of which the file has no tensor of that size; engines may do without.
         worst_share: the largest share of one value's elements that is a step apart.
-        shifted: values rounded in ranges found at run time whose zero point rounds the other way; what follows them
-            cannot be compared this closely.
         fault: the first operator that is further apart, None for a sound file.
     """
 
     compared: int = 0
     absent: int = 0
     worst_share: float = 0.0
-    shifted: int = 0
     fault: Divergence | None = None
 
 
@@ -57,7 +55,7 @@ def stepwise(simulation: Graph, inputs: Arrays, steps: Sequence[Step]) -> Stepwi
     module = simulation.program.module(check_guards=False)
     comparison = _Comparison(_Tensors.of(steps))
     results = _walk(module, [inputs[spec.name] for spec in simulation.inputs], comparison)
-    if comparison.found.fault is None and not comparison.found.shifted:
+    if comparison.found.fault is None:
         comparison.found.fault = _outputs_fault(module, results, comparison.file)
     return comparison.found
 
@@ -68,10 +66,9 @@ def _walk(module: GraphModule, inputs: Sequence[Array], comparison: _Comparison)
     class Walk(torch.fx.Interpreter):
         def run_node(self, n: Node) -> Any:
             result = super().run_node(n)
-            if not str(n.target).startswith(QUANTIZE):
+            if str(n.target) not in QUANTIZE:
                 return result
-            args, _ = self.fetch_args_kwargs_from_env(n)
-            return comparison.forced(n, result, float(args[1]), float(args[2]))
+            return comparison.forced(n, result, *map(float, self.fetch_args_kwargs_from_env(n)[0][1:3]))
 
     with torch.no_grad():
         return Walk(module).run(*map(torch.from_numpy, inputs))
@@ -118,11 +115,10 @@ class _Comparison:
             self.found.absent += self.found.fault is None
             return computed
         step, whole = nearest
+        if str(node.target) == FOUND:
+            whole = _same_zero(whole, wanted)
         apart = np.abs(whole.astype(np.int32) - wanted)
         share = float((apart > 0).mean())
-        if str(node.target).endswith(".tensor") and apart.max(initial=0) == 1 and share > STEP_SHARE:
-            self.found.shifted += 1
-            return computed
         if apart.max(initial=0) > 1 or (share > STEP_SHARE and (apart > 0).sum() > 1):
             error = float(apart.max()) / float(np.abs(wanted.astype(np.int32) - zero).max(initial=1))
             self.found.fault = describe(node.all_input_nodes[0], _name(step), error)
@@ -139,6 +135,14 @@ class _Comparison:
             if whole is not None:
                 found.append((float(np.abs(whole.astype(np.int32) - wanted).mean()), step, whole))
         return min(found, key=lambda entry: entry[0])[1:] if found else None
+
+
+def _same_zero(whole: Array, wanted: Array) -> Array:
+    """Integers around the zero of ``wanted``: one that was found at run time may have been rounded the other way."""
+    limits = np.iinfo(whole.dtype)
+    moved = [np.clip(whole.astype(np.int32) + by, limits.min, limits.max) for by in (0, -1, 1)]
+    nearest: Array = min(moved, key=lambda values: float(np.abs(values - wanted).mean()))
+    return nearest.astype(whole.dtype)
 
 
 def _integers(array: Array, kind: np.dtype[Any], scale: float, zero: float) -> Array | None:

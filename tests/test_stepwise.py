@@ -26,7 +26,7 @@ from edgepack.exporting import export, simulation_of  # noqa: E402
 from edgepack.parity import runtime_for  # noqa: E402
 from edgepack.progress import Silent  # noqa: E402
 from edgepack.proof import prove  # noqa: E402
-from edgepack.stepwise import Stepwise, stepwise  # noqa: E402
+from edgepack.stepwise import Stepwise, _same_zero, stepwise  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402
 from onnx import numpy_helper  # noqa: E402
 
@@ -175,3 +175,53 @@ def test_layouts(made: Artifact, simulation: Graph) -> None:
         for step in runtime_for("onnx").trace(made, made.golden().inputs)
     ]  # fmt: skip
     assert stepwise(simulation, made.golden().inputs, steps).fault is None
+
+
+class Residuals(nn.Module):
+    """Linear layers whose small differences would travel along the sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.relu(self.first(x))
+        x = x + torch.relu(self.second(x))
+        return self.last(x).mean((1, 2))
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Graph]:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("dynamic")
+    task = Task((Input("x", SHAPE),), calibration=Noise())  # type: ignore[arg-type]
+    compress(Residuals().eval(), task, [Quantize(activations="dynamic", explain=False)], folder, Silent())
+    artifact = export(folder, [Onnx()], Silent())[0].artifact
+    return artifact, simulation_of(artifact)
+
+
+def test_values_rounded_at_run_time_are_compared_too(dynamic: tuple[Artifact, Graph]) -> None:
+    found = look(*dynamic)
+    assert found.fault is None
+    assert (found.compared, found.absent) == (3, 0)
+    assert dynamic[0].manifest.parity.rounded == 3
+
+
+def test_faults_in_layers_that_round_at_run_time_are_found_where_they_are(dynamic: tuple[Artifact, Graph]) -> None:
+    artifact, simulation = dynamic
+    named = []
+    for tensor in onnx.load(artifact.file(".onnx")).graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype == np.int8 and values.ndim > 1:
+            fault = look(changed(artifact, tensor.name, spoil), simulation).fault
+            assert fault is not None
+            named.append(fault.node)
+    assert len(named) == len(set(named)) == 3
+
+
+@pytest.mark.parametrize(("by", "left"), [(0, 0), (1, 0), (-1, 0), (2, 1)])
+def test_a_zero_found_at_run_time_may_be_rounded_the_other_way(by: int, left: int) -> None:
+    wanted = np.arange(10, 200, dtype=np.uint8)
+    found = _same_zero((wanted.astype(int) + by).astype(np.uint8), wanted)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, wanted + left)

@@ -22,7 +22,7 @@ from edgepack.contracts import (  # noqa: E402
     Graph,
     Runtime,
 )
-from edgepack.errors import Unsupported  # noqa: E402
+from edgepack.errors import InputError, Unsupported  # noqa: E402
 from edgepack.front import with_front  # noqa: E402
 from edgepack.graph import capture, run_graph  # noqa: E402
 from edgepack.parity import max_relative  # noqa: E402
@@ -166,10 +166,10 @@ def test_options_are_checked(options, sentence):
         exporter(**options)
 
 
-def test_a_plan_is_refused(graph):
+def test_a_plan_of_another_making_is_refused(graph):
     plan = Plan()
     plan.nodes["conv"] = {"weight": "int8"}
-    with pytest.raises(Unsupported, match="tensorrt cannot write what the plan says about 'conv'"):
+    with pytest.raises(InputError, match="the plan does not say which operator 'conv' is"):
         exporter().lower(graph, plan)
 
 
