@@ -16,10 +16,10 @@ pytest.importorskip("coremltools")
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from _samples import Samples  # noqa: E402
 from edgepack.artifact import Artifact  # noqa: E402
 from edgepack.compress.quantize import Quantize  # noqa: E402
 from edgepack.compressing import compress  # noqa: E402
-from edgepack.data import Batch  # noqa: E402
 from edgepack.errors import ParityError, Unsupported  # noqa: E402
 from edgepack.export._coreml_census import read  # noqa: E402
 from edgepack.export._coreml_integer import COREML, hold_integers  # noqa: E402
@@ -34,19 +34,7 @@ from edgepack.stepwise import stepwise  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
-
-
-class Samples:
-    labels: tuple[str, ...] = ()
-    values = np.random.default_rng(0).standard_normal((24, 3, 8, 8)).astype(np.float32)
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def batches(self, size: int) -> Any:
-        for start in range(0, len(self), size):
-            part = {"x": self.values[start : start + size]}
-            yield Batch(part, part, None)
+VALUES = np.random.default_rng(0).standard_normal((24, 3, 8, 8)).astype(np.float32)
 
 
 class Small(nn.Module):
@@ -71,7 +59,7 @@ LAYERS = ("first", "depthwise", "point", "last")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     out = tmp_path_factory.mktemp("coreml-integer")
-    task = Task((Input("x", (1, 3, 8, 8)),), calibration=Samples())  # type: ignore[arg-type]
+    task = Task((Input("x", (1, 3, 8, 8)),), calibration=Samples(VALUES))  # type: ignore[arg-type]
     compress(Small().eval(), task, [Quantize()], out, Silent())
     return out
 
@@ -198,7 +186,7 @@ def test_a_wrong_weight_is_found_and_named(artifact: Artifact, source: Source, l
     for name, tensor in {**simulation.program.state_dict, **simulation.program.constants}.items():
         if name.startswith(layer) and name.endswith("integers"):
             tensor[0] += 9
-    inputs = {"x": Samples.values[:1]}
+    inputs = {"x": VALUES[:1]}
     found = stepwise(simulation, inputs, Engine(engine="interpreter").trace(artifact, inputs)).fault
     assert found is not None
     assert found.operator == ("linear" if layer == "last" else "conv2d")

@@ -13,9 +13,9 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 from torch import Tensor, nn  # noqa: E402
 
+from _samples import Samples  # noqa: E402
 from edgepack.compress.quantize import Quantize  # noqa: E402
 from edgepack.compressing import compress  # noqa: E402
-from edgepack.data import Batch  # noqa: E402
 from edgepack.errors import Unsupported  # noqa: E402
 from edgepack.export._onnx_integer import ONNX_RUNTIME  # noqa: E402
 from edgepack.export._openvino_integer import OPENVINO  # noqa: E402
@@ -31,21 +31,6 @@ from edgepack.task import Input, Task  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
 FORMS: dict[str, dict[str, Any]] = {"static": {}, "dynamic": {"activations": "dynamic"}, "float": {"weight_bits": 8}}
-
-
-class Samples:
-    labels: tuple[str, ...] = ()
-
-    def __init__(self, values: np.ndarray) -> None:
-        self.values = values
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def batches(self, size: int) -> Any:
-        for start in range(0, len(self), size):
-            part = {"x": self.values[start : start + size]}
-            yield Batch(part, part, None)
 
 
 class Transformer(nn.Module):

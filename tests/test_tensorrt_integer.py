@@ -18,10 +18,10 @@ ort = pytest.importorskip("onnxruntime")
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from _samples import Samples  # noqa: E402
 from edgepack.artifact import Artifact  # noqa: E402
 from edgepack.compress.quantize import Quantize  # noqa: E402
 from edgepack.compressing import compress  # noqa: E402
-from edgepack.data import Batch  # noqa: E402
 from edgepack.errors import ParityError, Unsupported  # noqa: E402
 from edgepack.export._onnx_integer import hold_integers  # noqa: E402
 from edgepack.export._tensorrt_integer import TENSORRT  # noqa: E402
@@ -37,19 +37,7 @@ from edgepack.task import Input, Task  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
-
-
-class Samples:
-    labels: tuple[str, ...] = ()
-    values = np.random.default_rng(0).standard_normal((24, 3, 8, 8)).astype(np.float32)
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def batches(self, size: int) -> Any:
-        for start in range(0, len(self), size):
-            part = {"x": self.values[start : start + size]}
-            yield Batch(part, part, None)
+VALUES = np.random.default_rng(0).standard_normal((24, 3, 8, 8)).astype(np.float32)
 
 
 class Blocks(nn.Module):
@@ -73,7 +61,7 @@ class Blocks(nn.Module):
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     out = tmp_path_factory.mktemp("tensorrt-integer")
-    task = Task((Input("x", (1, 3, 8, 8)),), calibration=Samples())  # type: ignore[arg-type]
+    task = Task((Input("x", (1, 3, 8, 8)),), calibration=Samples(VALUES))  # type: ignore[arg-type]
     compress(Blocks().eval(), task, [Quantize()], out, Silent())
     return out
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F  # noqa: E402
 from ai_edge_litert.interpreter import Interpreter  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from _samples import Samples  # noqa: E402
 from edgepack.artifact import Artifact  # noqa: E402
 from edgepack.compress.quantize import Quantize  # noqa: E402
 from edgepack.compressing import compress  # noqa: E402
-from edgepack.data import Batch  # noqa: E402
 from edgepack.errors import ParityError  # noqa: E402
 from edgepack.export._tflite_file import constant  # noqa: E402
 from edgepack.export._tflite_integer import float_weights, hold_integers, lower_integers  # noqa: E402
@@ -35,21 +35,6 @@ from edgepack.task import Input, Task  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 SHAPE = (1, 5, 8, 8)  # not an image: a narrow convolution of one stays float
-
-
-class Samples:
-    labels: tuple[str, ...] = ()
-
-    def __init__(self, values: np.ndarray) -> None:
-        self.values = values
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def batches(self, size: int) -> Any:
-        for start in range(0, len(self), size):
-            part = {"x": self.values[start : start + size]}
-            yield Batch(part, part, None)
 
 
 class Residual(nn.Module):
