@@ -24,9 +24,10 @@ def test_the_recipe_of_the_readme_is_valid(tmp_path: Path) -> None:
     (tmp_path / "edgepack.toml").write_text(block("README.md", "toml"))
     (tmp_path / "my_network.py").write_text("def build(): ...\n")
     (tmp_path / "my_network.safetensors").write_bytes(b"")
-    (tmp_path / "photos").mkdir()
+    for folder in ("photos", "more_photos"):
+        (tmp_path / folder).mkdir()
     loaded = recipe.load(tmp_path)
-    assert [type(part).__name__ for part in (*loaded.passes, *loaded.exporters)] == ["Fold", "Onnx"]
+    assert [type(part).__name__ for part in (*loaded.passes, *loaded.exporters)] == ["Quantize", "Onnx", "Tflite"]
 
 
 def test_the_commands_of_the_readme_are_all_there_are() -> None:
