@@ -1,7 +1,7 @@
 """Eight bits beside the engines' own tools: score, agreement, noise and size on the same images.
 
     python benchmarks/integer_accuracy.py                                  # everything that is not known yet
-    python benchmarks/integer_accuracy.py --networks resnet20 --samples 200 --results /tmp/try.json
+    python benchmarks/integer_accuracy.py --networks resnet20 --samples 200 --results try.json
     python benchmarks/integer_accuracy.py --only-ours                      # edgepack's rows again, the tools' stay
     python benchmarks/integer_accuracy.py --document                       # only docs/integer.md, from what is stored
 

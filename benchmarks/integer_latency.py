@@ -2,7 +2,7 @@
 
     python benchmarks/integer_latency.py --prepare --work FOLDER                # make all files first; nothing is timed
     python benchmarks/integer_latency.py --work FOLDER                          # then only measure: 20 quiet minutes
-    python benchmarks/integer_latency.py --networks resnet20 --seconds 3 --results /tmp/try.json --work FOLDER
+    python benchmarks/integer_latency.py --networks resnet20 --seconds 3 --results try.json --work FOLDER
 
 One row is one network in one engine: edgepack's eight-bit file, its float file, and the tools' files, in one run of
 the timing loop. Each row is stored as soon as it is known and replaces the old one. Quality stands beside speed: the
