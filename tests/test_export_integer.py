@@ -77,6 +77,14 @@ def source(folder: Path, module: nn.Module, seed: int = 0) -> Source:
     return Source.open(folder / "compressed")
 
 
+def near_float(made: Source) -> bool:
+    """Whether the simulation keeps more than 25 dB of the float network's answers."""
+    x = {"x": np.random.default_rng(5).standard_normal((32, 3, 8, 8)).astype(np.float32)}
+    simulation = run_graph(quantized(made.graph, made.plan, ONNX_RUNTIME), x)["output"]
+    found = sqnr_db(simulation, run_graph(made.graph, x)["output"])
+    return found is not None and found > 25
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Source]:
     torch.manual_seed(0)
@@ -112,11 +120,7 @@ def test_onnx_runtime_computes_gates_in_integers(tmp_path: Path) -> None:
     for count, kind in ((4, "Conv"), (1, "GlobalAveragePool"), (3, "Mul"), (3, "Sigmoid")):
         assert f"{count} QLinear{kind}" in note
     assert manifest.census["operators"]["Mul"] == 4  # that of the gain is gone
-    x = {"x": np.random.default_rng(5).standard_normal((32, 3, 8, 8)).astype(np.float32)}
-    simulation = run_graph(quantized(made.graph, made.plan, ONNX_RUNTIME), x)["output"]
-    found = sqnr_db(simulation, run_graph(made.graph, x)["output"])
-    assert found is not None
-    assert found > 25
+    assert near_float(made)
 
 
 def test_openvino_reads_integer_weights(made: tuple[Path, Source]) -> None:
@@ -158,12 +162,7 @@ def test_file_computes_its_simulation(
 
 
 def test_simulation_is_near_the_float_network(made: tuple[Path, Source]) -> None:
-    source = made[1]
-    x = {"x": np.random.default_rng(5).standard_normal((32, 3, 8, 8)).astype(np.float32)}
-    simulation = run_graph(quantized(source.graph, source.plan, ONNX_RUNTIME), x)["output"]
-    found = sqnr_db(simulation, run_graph(source.graph, x)["output"])
-    assert found is not None
-    assert found > 25
+    assert near_float(made[1])
 
 
 def test_weights_off_their_grid_are_refused(made: tuple[Path, Source]) -> None:
