@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -158,3 +159,16 @@ def _ratio(ratio: Row | None) -> str:
     if ratio.get("low") is None:
         return f"{ratio['value']:.3f} | "
     return f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] | {ratio['verdict']}"
+
+
+def answer(parser: argparse.ArgumentParser, results: Path, run: Callable[[argparse.Namespace], None]) -> None:
+    """Add the options that both benchmarks have, and do what the command line says."""
+    parser.add_argument("--document", action="store_true", help="only write docs/integer.md from the stored results")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "integer", help="files that the tools wrote")
+    parser.add_argument("--results", type=Path, default=results)
+    options = parser.parse_args()
+    if options.document:
+        write()
+    else:
+        run(options)

@@ -142,16 +142,8 @@ def main() -> None:
     )
     parser.add_argument("--only-theirs", action="store_const", dest="only", const="theirs", help="leave edgepack's out")
     parser.add_argument("--again", action="store_true", help="make every row again")
-    parser.add_argument("--document", action="store_true", help="only write docs/integer.md from the stored results")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "integer", help="files that the tools wrote")
-    parser.add_argument("--results", type=Path, default=page.ACCURACY)
-    options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.document:
-        page.write()
-    else:
-        run(options)
+    page.answer(parser, page.ACCURACY, run)
 
 
 if __name__ == "__main__":

@@ -200,16 +200,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="at most this many images, for trying things out")
     parser.add_argument("--prepare", action="store_true", help="make and judge all files, measure nothing")
     parser.add_argument("--only-theirs", action="store_true", help="prepare the tools' files, not edgepack's")
-    parser.add_argument("--document", action="store_true", help="only write docs/integer.md from the stored results")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "integer", help="files that the tools wrote")
-    parser.add_argument("--results", type=Path, default=page.LATENCY)
-    options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.document:
-        page.write()
-    else:
-        run(options)
+    page.answer(parser, page.LATENCY, run)
 
 
 if __name__ == "__main__":
