@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from edgepack.compress._graph import operator_of, readers
-from edgepack.compress._operators import LEAKY, RELUS, passes
+from edgepack.compress._operators import FUSED, passes
 
 Quantize = Callable[[fx.Node, Tensor], Tensor]
 Parameters = tuple[Tensor, Tensor | None]
@@ -150,7 +150,7 @@ def unrounded(node: fx.Node, left: frozenset[str]) -> bool:
 
 
 def _maker(node: fx.Node) -> fx.Node:
-    while (passes(node) or operator_of(node) in (*RELUS, *LEAKY)) and isinstance(node.args[0], fx.Node):
+    while (passes(node) or operator_of(node) in FUSED) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
@@ -161,7 +161,7 @@ def _only_read_by(node: fx.Node, left: frozenset[str]) -> bool:
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
     for reader in readers(node):
-        if passes(reader) or operator_of(reader) in (*RELUS, *LEAKY):
+        if passes(reader) or operator_of(reader) in FUSED:
             yield from _readers(reader)
         else:
             yield reader

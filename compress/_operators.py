@@ -14,6 +14,8 @@ aten = torch.ops.aten
 WEIGHTED = (aten.conv1d, aten.conv2d, aten.conv3d, aten.linear)
 RELUS = (aten.relu, aten.relu_)
 LEAKY = (aten.leaky_relu, aten.leaky_relu_)
+CLIPS = (aten.hardtanh, aten.hardtanh_, aten.relu6, aten.relu6_)
+FUSED = (*RELUS, *LEAKY, *CLIPS)  # engines compute these with the layer before, and round once, behind them
 AVERAGES = (aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d, aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d)
 MAXIMA = (aten.max_pool1d, aten.max_pool2d, aten.max_pool3d)
 
@@ -35,16 +37,23 @@ def only_reader(node: fx.Node) -> fx.Node | None:
     return users[0] if len(users) == 1 else None
 
 
+def fused(node: fx.Node | None) -> bool:
+    """Whether engines compute an operator with the layer before it."""
+    return node is not None and operator_of(node) in FUSED
+
+
 def slope(node: fx.Node | None) -> float:
     """What negative values are multiplied by when they are read: 0 before a ReLU, 1 before most operators."""
-    kind = None if node is None else operator_of(node)
-    if kind in RELUS:
-        return 0.0
+    if node is None or not fused(node):
+        return 1.0
+    kind = operator_of(node)
     if kind in LEAKY:
-        assert node is not None
         given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
         return float(given)
-    return 1.0
+    lowest: Any = 0.0
+    if kind in (aten.hardtanh, aten.hardtanh_):
+        lowest = node.args[1] if len(node.args) > 1 else node.kwargs.get("min_val", -1.0)
+    return 0.0 if lowest >= 0 else 1.0
 
 
 MOVES = (

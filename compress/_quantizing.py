@@ -20,7 +20,7 @@ from edgepack.compress._graph import GraphView, argument, named, operator_of, ow
 from edgepack.compress._grid import TOP, round_to, weight_scale
 from edgepack.compress._norms import fold_norms
 from edgepack.compress._observe import batches, observe_channels, observe_ends, observe_histograms
-from edgepack.compress._operators import WEIGHTED, aten, floating, only_reader, passes, slope, word
+from edgepack.compress._operators import WEIGHTED, aten, floating, fused, only_reader, passes, slope, word
 from edgepack.compress._ranges import METHODS, Histogram
 from edgepack.compress._saturation import SEVEN, Saturation
 from edgepack.compress._sensitivity import Sensitivity, remember, sentences
@@ -379,7 +379,7 @@ def _fake(ranges: Mapping[str, Range], names: Mapping[str, str]) -> Callable[[fx
 
     def quantize(node: fx.Node, value: Tensor) -> Tensor:
         name = names.get(node.name, node.name)
-        if name not in ranges or slope(only_reader(node)) != 1.0 or value.dtype != torch.float32:
+        if name not in ranges or fused(only_reader(node)) or value.dtype != torch.float32:
             return value
         if operator_of(node) not in CONVOLUTIONS and not _feeds_layer(node):
             return value

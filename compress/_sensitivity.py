@@ -17,7 +17,7 @@ from edgepack.compress._causes import DEAD, Row, Values, decibel
 from edgepack.compress._emulation import Emulation, Parameters, Quantize, Variant, compute
 from edgepack.compress._graph import argument, operator_of, owner_path
 from edgepack.compress._observe import batch_size, batches
-from edgepack.compress._operators import aten, floating, only_reader, slope, word
+from edgepack.compress._operators import aten, floating, fused, only_reader, word
 
 if TYPE_CHECKING:
     from edgepack.contracts import Graph
@@ -264,7 +264,7 @@ def _sums(node: fx.Node) -> bool:
 def _behind(node: fx.Node) -> fx.Node:
     """Where an operator's result is rounded: behind the ReLU it is computed with."""
     reader = only_reader(node)
-    return reader if reader is not None and slope(reader) != 1.0 else node
+    return reader if reader is not None and fused(reader) else node
 
 
 def _finished(node: fx.Node, behind: fx.Node, value: Tensor) -> Tensor:

@@ -208,6 +208,19 @@ def test_bias_correction_takes_the_mean_error_out(tmp_path: Path) -> None:
     assert errors[1] < 0.6 * errors[0] + 1e-3
 
 
+def test_biases_are_corrected_for_what_engines_round(tmp_path: Path) -> None:
+    """Engines round once, behind a layer and its ReLU6. Most values before it fall outside of its range: rounding
+    them there as well, in their own wide range, would move the mean, and be corrected for nothing."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU6(), nn.Conv2d(8, 8, 1)).eval()
+    with torch.no_grad():
+        module[0].weight *= 1000
+        for layer in (module[0], module[2]):
+            layer.weight.copy_(round_to(layer.weight, layer.weight.abs().amax((1, 2, 3)) / TOP))
+    smaller, _ = apply(module, tmp_path, equalize=False, rounding="nearest", calibrate="minmax")
+    assert float((smaller[2].bias - module[2].bias).detach().abs().max()) < 0.5 * 6 / 255
+
+
 def test_named_layers_stay_float(tmp_path: Path) -> None:
     smaller, run = apply(network(), tmp_path, leave=("5",))
     assert run.plan.nodes["conv2d_2"]["float"] == "'leave' names it"
