@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from edgepack.contracts import Graph
 
 IMAGE = 4  # channels at most
+ROUNDINGS = frozenset({"quantized_decomposed"})
 
 
 def _slow(node: Node) -> bool:
@@ -28,14 +29,20 @@ def _slow(node: Node) -> bool:
 
     The integer kernels want channels last and unfold patches: the image is turned around first, and three channels
     fill no vector. Measured on x86 with one thread: such first layers take 1.2 to 2.5 times as long in integers as in
-    float, those of 64 channels two thirds.
+    float, those of 64 channels two thirds. But a float convolution leaves channels first, and where a sum reads that,
+    all sums behind it stay so: ONNX Runtime then turns the values around before and after every layer.
     """
-    if word(node) != "conv2d":
+    if word(node) != "conv2d" or _summed(node):
         return False
     weight: Any = node.args[1]
     rows, columns = weight.meta["val"].shape[:2]
     groups = node.args[6] if len(node.args) > 6 else 1
     return bool(columns <= IMAGE and rows <= 32 if groups == 1 else columns == 1 and rows < 16)
+
+
+def _summed(node: Node) -> bool:
+    """Whether a sum reads a result, at once or behind a ReLU and its rounding."""
+    return any(word(user) in ADDITIONS or (word(user) in RELUS | ROUNDINGS and _summed(user)) for user in node.users)
 
 
 ONNX_RUNTIME = Dialect(
