@@ -104,7 +104,7 @@ def test_onnx_file_holds_integers_and_onnx_runtime_runs_them(made: tuple[Path, S
     assert "1 QGemm" in manifest.census["notes"][0]
     assert "1 QLinearAdd" in manifest.census["notes"][0]
     assert "1 QLinearLeakyRelu" in manifest.census["notes"][0]
-    assert "in float, where they are faster: 1 Conv" in manifest.census["notes"][0]
+    assert "in float, where they serve better: 1 Conv" in manifest.census["notes"][0]
     model = onnx.load(artifact.file(".onnx"))
     large = [tensor for tensor in model.graph.initializer if np.prod(tensor.dims) >= 64]
     assert sorted(tensor.data_type for tensor in large) == [onnx.TensorProto.FLOAT, *[onnx.TensorProto.INT8] * 3]
