@@ -23,6 +23,7 @@ from edgepack.export._onnx_form import to_onnx
 from edgepack.export._openvino_dynamic import describe, require_rounding, simulated, unrounded
 from edgepack.export._openvino_integer import OPENVINO, drop_zeros, hold_integers, set_group
 from edgepack.export._openvino_slim import slim
+from edgepack.export._qdq import transposed
 
 if TYPE_CHECKING:
     from edgepack.plan import Plan
@@ -70,7 +71,7 @@ class Openvino(Exporter):
         reserve(folder, _weight_bytes(model) + BYTES_PER_NODE * len(model.get_ops()))
         ov.save_model(model, folder / MODEL, compress_to_fp16=False)
         slim(folder / MODEL, {spec.name for spec in (*simulation.inputs, *simulation.outputs)})
-        notes = hold_integers(ov, folder / MODEL, simulation) if integers else []
+        notes = [*hold_integers(ov, folder / MODEL, simulation), *transposed(simulation)] if integers else []
         if group:
             notes += describe(simulation, group)
         return _census(ov, folder / MODEL, notes)
