@@ -40,7 +40,11 @@ RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 @dataclass(frozen=True, kw_only=True)
 class Openvino(Exporter):
-    """Write OpenVINO's intermediate representation (model.xml, model.bin)."""
+    """Write OpenVINO's intermediate representation (model.xml, model.bin).
+
+    Where a plan has linear layers round at run time, the CPU engine does that by itself, in groups of a row's values
+    whose size the file names; convolutions then read ranges from calibration.
+    """
 
     format: ClassVar[str] = "openvino"
 
