@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edgepack.export._alignment import PASSING, aligned, word
 from edgepack.export._dialects import retrace
 from edgepack.export._integer_dialect import LEAKY
+from edgepack.export._tflite_copies import OWN
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -50,7 +51,7 @@ def harmonized(graph: Graph, plan: Plan) -> Plan:
     names = aligned(graph.program.module(check_guards=False), plan)
     ranges = _Ranges({name: entry["range"] for name, entry in plan.nodes.items() if "range" in entry})
     for node, name in names.items():
-        if word(node) in SAME_GRID | PASSING:
+        if word(node) in SAME_GRID | PASSING and OWN not in plan.nodes[name]:
             for source in _sources(node, names):
                 ranges.join(name, source)
     order = [node for node in graph_order(names) if word(node) in LEAKY]

@@ -20,6 +20,7 @@ from edgepack.artifact import Artifact  # noqa: E402
 from edgepack.compress.quantize import Quantize  # noqa: E402
 from edgepack.compressing import compress  # noqa: E402
 from edgepack.errors import ParityError  # noqa: E402
+from edgepack.export._tflite_copies import OWN, with_copies  # noqa: E402
 from edgepack.export._tflite_file import constant  # noqa: E402
 from edgepack.export._tflite_integer import float_weights, hold_integers, lower_integers  # noqa: E402
 from edgepack.export._tflite_ranges import harmonized  # noqa: E402
@@ -216,6 +217,67 @@ def test_a_narrow_convolution_of_an_image_stays_float(tmp_path: Path, channels: 
     assert manifest.census["operators"]["QUANTIZE"] == 1
     assert ("1 convolution with few channels of an image in float" in manifest.census["notes"]) == stays
     assert manifest.census["notes"][-1].endswith("in 1 partition")
+
+
+class Distilling(nn.Module):
+    """A concatenation of something small that others read too, of something small that only it reads, of much."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.alone = nn.Conv2d(5, 8, 3, padding=1), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 4, 1)
+        self.last = nn.Conv2d(14, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.leaky_relu(self.first(x), 0.1)
+        large = 20 * self.second(y[:, 2:])
+        return self.last(torch.cat([y[:, :2], large, self.alone(y)], 1))
+
+
+def test_a_concatenation_does_not_coarsen_what_others_read(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Distilling()
+    module.second.weight.data *= 20
+    source = compressed(tmp_path, module, equalize=False)
+    graph, plan = with_copies(fixed_batch(source.graph), source.plan)
+    (copy,) = (name for name, entry in plan.nodes.items() if OWN in entry)
+    ends = {name: entry.get("range") for name, entry in harmonized(graph, plan).nodes.items()}
+    assert ends[copy] == ends["cat"] == ends["conv2d_2"] != ends["leaky_relu"]
+    assert ends["leaky_relu"] == source.plan.nodes["leaky_relu"]["range"]
+    manifest = export(tmp_path, [Tflite()], Silent())[0].artifact.manifest
+    assert manifest.census is not None
+    assert manifest.census["operators"]["QUANTIZE"] == 2
+    assert manifest.census["notes"][-1].endswith("in 1 partition")
+    assert manifest.parity.rounded_otherwise is not None
+    assert manifest.parity.rounded_otherwise < 1e-3
+
+
+class Sharpen(nn.Module):
+    """Super-resolution: corrections are added to features of the picture itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.body = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)
+        self.last = nn.Conv2d(24, 12, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return F.pixel_shuffle(self.last(self.body(y) + y), 2)
+
+
+def test_a_picture_that_skips_the_network_stays_float(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    values = np.random.default_rng(0).random((24, 3, 8, 8)).astype(np.float32)
+    task = Task((Input("x", (1, 3, 8, 8), layout="NCHW"),), calibration=Samples(values))  # type: ignore[arg-type]
+    compress(Sharpen().eval(), task, [Quantize()], tmp_path, Silent())
+    manifest = export(tmp_path, [Tflite()], Silent())[0].artifact.manifest
+    assert manifest.census is not None
+    assert manifest.census["weight_bytes"]["float32"] >= 4 * (24 * 27 + 12 * 24 * 9)
+    assert manifest.census["weight_bytes"]["int8"] == 24 * 24 * 9
+    assert (
+        "the first and the last convolution and the sum that joins them in float, for the image's sake"
+        in (manifest.census["notes"])
+    )
+    assert manifest.parity.status == "checked"
 
 
 class Mixed(nn.Module):
