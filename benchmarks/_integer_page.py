@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from edgepack.artifact import write_text
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 ACCURACY, LATENCY = RESULTS / "integer_accuracy.json", RESULTS / "integer_latency.json"
-DOCUMENT = RESULTS.parent.parent / "docs" / "integer.md"
+DOCUMENT = ROOT / "docs" / "integer.md"
 TITLES = {
     "resnet20": "ResNet-20, CIFAR-10",
     "resnet32": "ResNet-32, CIFAR-10",

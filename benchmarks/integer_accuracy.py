@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import _integer_page as page
@@ -34,7 +33,6 @@ from edgepack.artifact import Artifact
 from edgepack.errors import EdgepackError
 from edgepack.versions import versions
 
-ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = ("resnet20", "mobilenet_v1", "vit", "resnet32", "imdn", "mobilenet_v2")
 FORMATS = ("onnx", "openvino", "tflite", "coreml", "torch")
 INTERPRETED = {"coreml": 1000}  # images that are scored where an interpreter computes

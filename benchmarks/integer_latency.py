@@ -42,7 +42,6 @@ from edgepack.runtimes.tflite import Tflite
 from edgepack.statistics import Interval
 from edgepack.versions import versions
 
-ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = ("mobilenet_v2-random", "resnet50", "deit_small", "convnext_atto", "efficientnet_b0", "mobilenet_v1",
             "resnet20", "vit")  # fmt: skip
 FORMATS = ("onnx", "openvino", "tflite")
