@@ -19,7 +19,7 @@ from _samples import Samples  # noqa: E402
 from edgepack.artifact import Artifact  # noqa: E402
 from edgepack.compress.quantize import Quantize  # noqa: E402
 from edgepack.compressing import compress  # noqa: E402
-from edgepack.errors import ParityError  # noqa: E402
+from edgepack.errors import InputError, ParityError, Unsupported  # noqa: E402
 from edgepack.export._tflite_copies import OWN, with_copies  # noqa: E402
 from edgepack.export._tflite_file import constant  # noqa: E402
 from edgepack.export._tflite_integer import float_weights, hold_integers, lower_integers  # noqa: E402
@@ -27,6 +27,7 @@ from edgepack.export._tflite_ranges import harmonized  # noqa: E402
 from edgepack.export._tflite_weights import Weight  # noqa: E402
 from edgepack.export.tflite import Tflite  # noqa: E402
 from edgepack.exporting import Source, export  # noqa: E402
+from edgepack.exporting import simulation_of as simulation_again  # noqa: E402
 from edgepack.graph import fixed_batch, run_graph  # noqa: E402
 from edgepack.parity import sqnr_db  # noqa: E402
 from edgepack.plan import Plan  # noqa: E402
@@ -278,6 +279,32 @@ def test_a_picture_that_skips_the_network_stays_float(tmp_path: Path) -> None:
         in (manifest.census["notes"])
     )
     assert manifest.parity.status == "checked"
+
+
+def test_one_compressed_network_gives_files_of_several_sizes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    values = np.random.default_rng(0).random((8, 3, 8, 8)).astype(np.float32)
+    image = Input("x", (1, 3, 8, 8), layout="NCHW", dynamic=("batch", "height", "width"))
+    task = Task((image,), calibration=Samples(values))  # type: ignore[arg-type]
+    module = Sharpen().eval()
+    compress(module, task, [Quantize()], tmp_path, Silent())
+    with pytest.raises(Unsupported, match=r"any height and width, but a TFLite file has fixed shapes") as refused:
+        export(tmp_path, [Tflite()], Silent())
+    assert refused.value.hint.startswith("sizes = {height = 64, width = 64} in this export")
+    for size in ((6, 8), (12, 20)):
+        exporter = Tflite(name="one", layout="NHWC", sizes=dict(zip(("height", "width"), size, strict=True)))
+        artifact = export(tmp_path, [exporter], Silent())[0].artifact
+        assert artifact.manifest.inputs[0].shape == (1, *size, 3)
+        assert artifact.manifest.parity.status == "checked"
+        golden = artifact.golden()
+        wanted = module(torch.from_numpy(np.moveaxis(golden.inputs["x"], -1, 1).copy())).detach().numpy()
+        np.testing.assert_allclose(golden.original["output"], wanted, atol=1e-6)
+        near = sqnr_db(golden.simulation["output"], wanted)
+        assert near is not None
+        assert near > 30
+        assert simulation_again(artifact).inputs == artifact.manifest.inputs
+    with pytest.raises(InputError, match=r"sizes names 'hight', which is no dynamic axis of the network: batch, hei"):
+        export(tmp_path, [Tflite(sizes={"hight": 8})], Silent())
 
 
 class Mixed(nn.Module):
