@@ -6,7 +6,8 @@ What others read as well would lose resolution there too:
     a ─┬─ cat           a ─┬─ copy in the grid of cat ── cat
        └─ conv2d   →       └─ conv2d
 
-What a float sum reads stays float for it, and is rounded for the others.
+What a float sum reads or gives stays float for it, and is rounded for layers with integer weights. A sum stays float
+where 8 bits would hardly notice one of its parts (XNNPACK has no integers for it either).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgepack.export._alignment import PASSING, aligned, word
 from edgepack.export._dialects import retrace
-from edgepack.export._tflite_ends import skipping
+from edgepack.export._integer_dialect import ADDITIONS
+from edgepack.export._tflite_ends import drowned, skipping
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from edgepack.plan import Plan
 
 COPY = "clone"
-OWN = "own_grid"  # key of a copy's entry in the plan: its grid is not that of what it copies
+OWN = "own_grid"  # key of a copy's entry in the plan, and of what it copies: ``integers`` or ``floats``
 COARSER = 1.5  # times the step; up to here a shared grid costs less than rounding twice
 
 
@@ -34,10 +36,14 @@ def with_copies(graph: Graph, plan: Plan) -> tuple[Graph, Plan]:
     """The graph and the plan with a copy for each such value."""
     module = graph.program.module(check_guards=False)
     names = aligned(module, plan)
+    drowning = {name: {**plan.nodes[name], "float": "a part of it is below its step"}
+                for node, name in names.items() if _drowns(node, plan, names)}  # fmt: skip
+    plan = replace(plan, nodes=plan.nodes | drowning)
     added: dict[Node, tuple[str, dict[str, Any]]] = {}
     for source, reader, like in list(_wanted(plan, names)):
         copy = _copied(source, reader)
-        entry = {"operator": COPY, "range": dict(plan.nodes[names[like]]["range"]), OWN: True}
+        kind = "integers" if word(reader) == "cat" else "floats"
+        entry = {"operator": COPY, "range": dict(plan.nodes[names[like]]["range"]), OWN: kind}
         added[copy] = f"{names[source]} for {names[reader]}", entry
     if not added:
         return graph, plan
@@ -60,6 +66,20 @@ def _wanted(plan: Plan, names: dict[Node, str]) -> Iterator[tuple[Node, Node, No
             for reader in node.users:
                 if reader is not added and reader in names:
                     yield node, reader, node
+        elif word(node) in ADDITIONS and "float" in plan.nodes[names[node]]:
+            for reader in node.users:
+                if "weight" in plan.nodes.get(names.get(reader, ""), ()):
+                    yield node, reader, node
+
+
+def _drowns(node: Node, plan: Plan, names: dict[Node, str]) -> bool:
+    """Whether the steps of a sum are too coarse for one of its parts."""
+    if word(node) not in ADDITIONS:
+        return False
+    parts = [names[source] for source in node.all_input_nodes if source in names]
+    known = [plan.nodes[name].get("range") for name in (names[node], *parts)]
+    whole, *widths = [0.0 if ends is None else ends["high"] - ends["low"] for ends in known]
+    return any(width > 0 and drowned(width, whole) for width in widths)
 
 
 def _coarser(plan: Plan, source: str, cat: str) -> bool:

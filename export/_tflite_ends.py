@@ -1,4 +1,4 @@
-"""Convolutions at the ends of a network that stay float: they take little time, and all errors pass through them."""
+"""What stays float: convolutions at the ends, which take little time and whose errors go everywhere, and some sums."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
 IMAGE, FEW = 4, 16  # channels at most
+NOTICED = 4 / 255  # of the range of a sum that those of its parts are long, at least; four steps
 
 
 def stays_float(node: Node) -> bool:
@@ -50,6 +51,11 @@ def skipping(first: Node) -> Node | None:
     """The sum that ``first`` skips to; see ``skip_into``."""
     sums = [user for user in first.users if word(user) in ADDITIONS]
     return next((one for one in sums if any(skip_into(user) is first for user in one.users)), None)
+
+
+def drowned(part: float, whole: float) -> bool:
+    """Whether a part of a sum would hardly be noticed in 8 bits, given both ranges or both steps."""
+    return part < NOTICED * whole
 
 
 def _channels(node: Node) -> tuple[int, int]:

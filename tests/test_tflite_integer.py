@@ -237,13 +237,14 @@ class Distilling(nn.Module):
 def test_a_concatenation_does_not_coarsen_what_others_read(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = Distilling()
-    module.second.weight.data *= 20
     source = compressed(tmp_path, module, equalize=False)
     graph, plan = with_copies(fixed_batch(source.graph), source.plan)
     (copy,) = (name for name, entry in plan.nodes.items() if OWN in entry)
     ends = {name: entry.get("range") for name, entry in harmonized(graph, plan).nodes.items()}
     assert ends[copy] == ends["cat"] == ends["conv2d_2"] != ends["leaky_relu"]
-    assert ends["leaky_relu"] == source.plan.nodes["leaky_relu"]["range"]
+    assert (
+        ends["leaky_relu"]["high"] < 1.25 * source.plan.nodes["leaky_relu"]["range"]["high"] < ends["cat"]["high"] / 5
+    )
     manifest = export(tmp_path, [Tflite()], Silent())[0].artifact.manifest
     assert manifest.census is not None
     assert manifest.census["operators"]["QUANTIZE"] == 2
@@ -305,6 +306,40 @@ def test_one_compressed_network_gives_files_of_several_sizes(tmp_path: Path) -> 
         assert simulation_again(artifact).inputs == artifact.manifest.inputs
     with pytest.raises(InputError, match=r"sizes names 'hight', which is no dynamic axis of the network: batch, hei"):
         export(tmp_path, [Tflite(sizes={"hight": 8})], Silent())
+
+
+class Whisper(nn.Module):
+    """Two blocks whose results are far below the steps of what they are added to, as those of a new ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(5, 8, 1)
+        self.blocks = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        for block in self.blocks:
+            x = x + block(x)
+        return x.mean((2, 3))
+
+
+def test_sums_whose_parts_8_bits_would_not_notice_stay_float(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Whisper()
+    for parameter in module.blocks.parameters():
+        parameter.data *= 1e-5
+    source = compressed(tmp_path, module, equalize=False)
+    manifest = export(tmp_path, [Tflite()], Silent())[0].artifact.manifest
+    assert manifest.census is not None
+    assert manifest.census["notes"][-1].endswith("in 1 partition")
+    assert manifest.parity.status == "checked"
+    x = np.random.default_rng(5).standard_normal((4, *SHAPE[1:])).astype(np.float32)
+    simulation = simulation_of(source)
+    first, second = (node for node in simulation.program.graph.nodes if str(node.target) == "aten.add.Tensor")
+    assert first in second.all_input_nodes  # not rounded between
+    near = sqnr_db(run_graph(simulation, {"x": x})["output"], run_graph(source.graph, {"x": x})["output"])
+    assert near is not None
+    assert near > 40
 
 
 class Mixed(nn.Module):
