@@ -142,6 +142,8 @@ class _Writer:
                     self._mark_result(node)
             elif word(node) in self.dialect.detour:
                 self._mark_detour(node)
+            elif "float" in self._entry(node):
+                continue
             elif word(node) in self.dialect.integer and all(self._integer(source) for source in floats(node)):
                 for source in floats(node):
                     self._mark_one(source, node)
