@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from edgepack.export._tflite_rows import rows as row_operator
+
 if TYPE_CHECKING:
     import torch
     from torch.fx import GraphModule
@@ -283,7 +285,7 @@ def _rows(module: GraphModule, node: Any) -> Any:
         return None
     rows = _call(module, aten.reshape.default, source, list(shape[1:]))
     places = _call(module, aten.reshape.default, index.args[0], [-1])
-    made = _call(module, aten.index_select.default, rows, 0, places)
+    made = _call(module, row_operator(), rows, places)
     return _call(module, aten.reshape.default, made, list(node.meta["val"].shape))
 
 
