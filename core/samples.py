@@ -47,6 +47,11 @@ def take(specs: Sequence[TensorSpec], arrays: Arrays, start: int, stop: int) -> 
     return taken
 
 
+def pick(specs: Sequence[TensorSpec], arrays: Arrays, numbers: Sequence[int]) -> dict[str, Array]:
+    """The samples with these numbers."""
+    return join(specs, [take(specs, arrays, number, number + 1) for number in numbers])
+
+
 def join(specs: Sequence[TensorSpec], stacks: Sequence[Arrays]) -> dict[str, Array]:
     """Stacks, one after the other."""
     return {spec.name: np.concatenate([stack[spec.name] for stack in stacks], axis=batch_axis(spec)) for spec in specs}

@@ -17,11 +17,12 @@ def rows() -> Any:
     """(N, C), (K,) → (K, C); the operator, registered with PyTorch and litert-torch once."""
     import torch
 
-    library = torch.library.Library("edgepack", "DEF")
-    library.define("rows(Tensor values, Tensor places) -> Tensor")
-    library.impl("rows", lambda values, places: values.index_select(0, places), "CompositeExplicitAutograd")
+    def rows(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        return values.index_select(0, places)
+
+    schema = "(Tensor values, Tensor places) -> Tensor"
+    torch.library.custom_op("edgepack::rows", rows, mutates_args=(), schema=schema).register_fake(rows)
     found = torch.ops.edgepack.rows.default
-    found._kept_alive = library
     _lower(found)
     return found
 
