@@ -212,7 +212,7 @@ def accuracy(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     mean, std = (np.array(CIFAR[name], np.float32) for name in ("mean", "std"))
     images = np.ascontiguousarray(((pixels / np.float32(255) - mean) / std).transpose(0, 3, 1, 2), np.float32)
     task = Task((item,))
-    for rate in (1.0, *RATES):
+    for rate in options.rates:
         module = cut(network, task, rate)
         graph = capture(Told(module).eval() if rate < 1 else module, task)
         logits, *kept = answers(lambda x, graph=graph: run_graph(graph, {"x": x}), graph, images)
@@ -224,6 +224,7 @@ def accuracy(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             row["engines"][engine] = beside(engine, graph, task, images, labels, logits, kept, options.work)
         write_plain(options, module, task, rate)
         sys.stdout.write(f"{row}\n")
+        sys.stdout.flush()
         yield row
 
 
@@ -261,7 +262,7 @@ def race_vit(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     settings = Settings(max_seconds=options.seconds, cold=False, half_width=0.012, instances=options.instances)
     contenders = [
         Contender(f"{rate:g}", Artifact.open(options.work / f"vit {options.engine} keep {rate:g}"), runtime)
-        for rate in (1.0, *RATES)
+        for rate in options.rates
     ]
     for profile in Host().measure(contenders, settings):
         yield {
@@ -289,7 +290,7 @@ def main() -> None:
     parser.add_argument("--form", choices=FORMS, default="float")
     parser.add_argument("--batches", nargs="+", type=int, default=(1,))
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--rates", nargs="+", type=float, default=(1.0, 0.9, 0.7, 0.5))
+    parser.add_argument("--rates", nargs="+", type=float, default=(1.0, *RATES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60.0, help="at most, per race")
     parser.add_argument("--instances", type=int, default=4)
@@ -302,7 +303,9 @@ def main() -> None:
         return
     rows, key = STAGES.get(options.stage, (lambda options: (), ()))
     facts = {"processor": Host().facts().get("processor", "unknown processor"), "versions": versions(*PACKAGES)}
-    page.store(options.stage, list(rows(options)), key, facts)
+    page.store(options.stage, (), key, facts)
+    for row in rows(options):
+        page.store(options.stage, [row], key, facts)
 
 
 if __name__ == "__main__":
