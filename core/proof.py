@@ -77,7 +77,7 @@ def _hold_ties(parity: Parity, artifact: Artifact, runtime: Runtime, simulation:
         except (Unsupported, MissingExtra):
             return
         if found.node is not None and found.operator not in CHOICES:
-            raise _inside(artifact, found)
+            raise _inside(artifact, found, "samples near a tie differ before any choice")
 
 
 def _look_inside(artifact: Artifact, runtime: Runtime, simulation: Graph) -> None:
@@ -91,9 +91,11 @@ def _look_inside(artifact: Artifact, runtime: Runtime, simulation: Graph) -> Non
         raise _inside(artifact, found)
 
 
-def _inside(artifact: Artifact, fault: Divergence) -> ParityError:
+def _inside(
+    artifact: Artifact, fault: Divergence, what: str = "the outputs agree, an operator does not"
+) -> ParityError:
     name = f"{artifact.manifest.format} {artifact.manifest.name!r}"
-    return ParityError(f"{name}: the outputs agree, an operator does not; {fault}", details=asdict(fault))
+    return ParityError(f"{name}: {what}; {fault}", details=asdict(fault))
 
 
 def blamed(error: ParityError, artifact: Artifact, runtime: Runtime, simulation: Graph) -> ParityError:
