@@ -18,7 +18,6 @@ from edgepack.compress._kept import findings
 from edgepack.compress._macs import macs
 from edgepack.compress._rates import solve
 from edgepack.compress._tokens import tokens_behind
-from edgepack.compress.reorganize import KEEP_RATE
 from edgepack.errors import InputError, Unsupported
 from edgepack.graph import flatten
 from edgepack.tracing import example_inputs
@@ -50,7 +49,7 @@ class Reorganizing:
         chosen = self._chosen(blocks)
         one = example_inputs(self.task.specs, batch=1)
         before = shapes(module, one), macs(module, one)
-        cuts = [block.cut(self.options.keep_rate or KEEP_RATE, self.options.fuse) for block in chosen]
+        cuts = [block.cut(self.options.rate, self.options.fuse) for block in chosen]
         for cut in (*cuts, *(block.cut(1.0, False) for block in _behind(blocks, chosen))):
             cut.put()
         self._try(module, before[0], one)

@@ -75,6 +75,11 @@ class Reorganize(Pass):
         """The budget that was given, None for a fixed keep rate."""
         return next((name for name in BUDGETS if getattr(self, name) is not None), None)
 
+    @property
+    def rate(self) -> float:
+        """The keep rate that was given; where a budget is to be met, the one to begin with."""
+        return KEEP_RATE if self.keep_rate is None else self.keep_rate
+
     def check(self, module: nn.Module, task: Task) -> None:
         """Refuse networks whose tokens must keep their places, images of any size, and a budget without data."""
         from edgepack.compress._attention import grid_reason

@@ -148,7 +148,7 @@ def test_a_fault_on_tied_samples_alone_is_no_tie(tmp_path: Path) -> None:
     def wrong(scores: Array) -> Array:
         return np.where(np.abs(scores[:, 2:3] - scores[:, 4:5]) < 1e-6, 1 - scores, scores)
 
-    with pytest.raises(ParityError, match="samples near a tie differ before any choice; .*in the file Sigmoid"):
+    with pytest.raises(ParityError, match=r"samples near a tie differ before any choice; .*in the file Sigmoid"):
         proof.prove(artifact, Engine(scores=wrong), graph)
 
 
