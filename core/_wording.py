@@ -94,7 +94,9 @@ def parity(value: Values) -> str:
     """The worst relative difference from the simulation, or why it was not checked."""
     if value["status"] != "checked":
         return str(value["status"])
-    return f"{value['max_rel']:.1e}" if value.get("max_rel") is not None else "checked"
+    tied = value.get("tied") or ()
+    ties = f"; {len(tied)} more chose otherwise in a tie" if tied else ""
+    return (f"{value['max_rel']:.1e}" if value.get("max_rel") is not None else "checked") + ties
 
 
 def decibel(value: float | None) -> str:

@@ -48,6 +48,10 @@ class Parity:
         least_db: the SQNR against the simulation that an integer artifact must keep, None for float ones.
         rounded: rounded values compared one by one, each computed from what the file holds before it.
         rounded_otherwise: the largest share of one such value's elements that is a step apart; None for float ones.
+        margin: the smallest margin of a choice (top-k) on the golden samples, of the last score that was kept; None
+            for networks that choose nothing.
+        tied: numbers of the golden samples on which the artifact chose otherwise and differs, their margins being
+            within what its numbers may differ by; the figures are of the others.
     """
 
     status: str
@@ -61,6 +65,8 @@ class Parity:
     least_db: float | None = None
     rounded: int = 0
     rounded_otherwise: float | None = None
+    margin: float | None = None
+    tied: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,21 +130,27 @@ class Golden:
         inputs: as the artifact takes them, stacked on the first axis.
         original: the original module's outputs by name.
         simulation: what this artifact must compute.
+        margins: per sample, how near its choices come to a tie (``edgepack.ties``); None where nothing is chosen.
     """
 
     inputs: Mapping[str, np.ndarray[Any, Any]]
     original: Mapping[str, np.ndarray[Any, Any]]
     simulation: Mapping[str, np.ndarray[Any, Any]]
+    margins: np.ndarray[Any, Any] | None = None
 
     def save(self, path: Path) -> None:
         groups = {"input": self.inputs, "original": self.original, "simulation": self.simulation}
         arrays = {f"{group}/{name}": array for group, items in groups.items() for name, array in items.items()}
+        if self.margins is not None:
+            arrays["choice/margins"] = self.margins
         np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: Path) -> Golden:
         """Read golden samples; no pickle. Raises InputError."""
-        groups: dict[str, dict[str, np.ndarray[Any, Any]]] = {"input": {}, "original": {}, "simulation": {}}
+        groups: dict[str, dict[str, np.ndarray[Any, Any]]] = {
+            "input": {}, "original": {}, "simulation": {}, "choice": {},
+        }  # fmt: skip
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 for key in arrays.files:
@@ -146,7 +158,7 @@ class Golden:
                     groups[group][name] = arrays[key]
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"{path}: not a golden file: {error}") from error
-        return cls(groups["input"], groups["original"], groups["simulation"])
+        return cls(groups["input"], groups["original"], groups["simulation"], groups["choice"].get("margins"))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from edgepack.progress import Progress
 from edgepack.proof import hold_storage, prove
 from edgepack.recipe import build
 from edgepack.samples import Array, resized
+from edgepack.ties import margins
 from edgepack.versions import versions
 
 if TYPE_CHECKING:
@@ -304,7 +305,7 @@ def _golden(source: Source, graph: Graph, simulation: Graph) -> Golden:
     """The source's golden samples as the artifact takes them, with the simulation's answers."""
     raw = _raw(source, graph)
     inputs = to_front(source.golden.inputs, source.graph.inputs, graph.inputs, raw)
-    return Golden(inputs, source.golden.original, run_graph(simulation, inputs))
+    return Golden(inputs, source.golden.original, run_graph(simulation, inputs), margins(simulation, inputs))
 
 
 def _least_db(simulation: Graph, golden: Golden) -> float | None:

@@ -13,7 +13,7 @@ from edgepack import parts
 from edgepack.artifact import Artifact, Golden, Parity
 from edgepack.contracts import INTEGERS, Arrays, Runtime, Session, TensorSpec
 from edgepack.errors import DeviceError, InputError, MissingExtra, ParityError, Unsupported
-from edgepack.samples import Array, compute, count
+from edgepack.samples import Array, compute, count, pick, take
 
 UNBOUNDED = 1e300  # JSON has no infinity
 INTEGER_DB = 45.0  # an integer artifact against its simulation: SQNR at least this …
@@ -107,6 +107,8 @@ def check(artifact: Artifact, runtime: Runtime) -> Parity:
         session.close()
     parity = replace(_figures(artifact, found, golden), runtime=f"{parts.name_of(runtime)} {runtime.version()}")
     fault = _fault(artifact, runtime, parity, found, golden.simulation)
+    if fault is not None and (tied := _tied(artifact, runtime, found, golden)):
+        parity, fault = _without(tied, artifact, runtime, parity, found, golden)
     if fault is not None:
         raise ParityError(
             f"{artifact.manifest.format} {artifact.manifest.name!r}: output {parity.output!r} differs from its "
@@ -114,6 +116,41 @@ def check(artifact: Artifact, runtime: Runtime) -> Parity:
             "the artifact was not kept" if artifact.folder.name.startswith(".") else "export again",
         )
     return parity
+
+
+def _tied(artifact: Artifact, runtime: Runtime, found: Arrays, golden: Golden) -> list[int]:
+    """Samples that differ, on which a choice is nearer to a tie than the artifact's numbers must be exact."""
+    if golden.margins is None:
+        return []
+    integers = artifact.manifest.dialect.startswith(INTEGERS)
+    noise = 10 ** (-(artifact.manifest.parity.least_db or INTEGER_DB) / 20) if integers else runtime.limit(artifact)
+    outputs = artifact.manifest.outputs
+    near = [int(number) for number in np.flatnonzero(golden.margins <= noise)]
+
+    def differs(number: int) -> bool:
+        one, other = (take(outputs, values, number, number + 1) for values in (found, golden.simulation))
+        return any(max_relative(one[name], other[name]) > noise for name in golden.simulation)
+
+    return [number for number in near if differs(number)]
+
+
+def _without(
+    tied: Sequence[int], artifact: Artifact, runtime: Runtime, parity: Parity, found: Arrays, golden: Golden
+) -> tuple[Parity, str | None]:
+    """The figures and the fault of the samples that are not tied; at least one must be left to tell."""
+    manifest = artifact.manifest
+    others = [number for number in range(parity.samples) if number not in tied]
+    if not others:
+        return parity, "on every golden sample, all of them ties within its noise, so none can tell more"
+    outputs = {spec.name for spec in manifest.outputs}
+    specs = tuple(spec for spec in manifest.outputs if spec.name in golden.original) if golden.original else ()
+    rest = Golden(
+        pick(manifest.inputs, golden.inputs, others), pick(specs, golden.original, others) if specs else {},
+        pick(manifest.outputs, golden.simulation, others), golden.margins,
+    )  # fmt: skip
+    kept = pick(manifest.outputs, {name: found[name] for name in outputs}, others)
+    figures = replace(_figures(artifact, kept, rest), runtime=parity.runtime, tied=tuple(tied))
+    return figures, _fault(artifact, runtime, figures, kept, rest.simulation)
 
 
 def _fault(artifact: Artifact, runtime: Runtime, parity: Parity, found: Arrays, simulation: Arrays) -> str | None:
@@ -189,6 +226,7 @@ def _figures(artifact: Artifact, found: Arrays, golden: Golden) -> Parity:
         samples=count(manifest.inputs, golden.inputs),
         output=worst,
         least_db=manifest.parity.least_db,
+        margin=None if golden.margins is None else float(golden.margins.min()),
     )
 
 

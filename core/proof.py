@@ -15,6 +15,7 @@ from edgepack.errors import EdgepackError, MissingExtra, ParityError, Unsupporte
 from edgepack.parity import check
 from edgepack.samples import Array, compute, count, has_dynamic_batch, take
 from edgepack.stepwise import stepwise
+from edgepack.ties import CHOICES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +36,8 @@ def prove(artifact: Artifact, runtime: Runtime, simulation: Graph) -> Parity:
         parity = check(artifact, runtime)
     except ParityError as error:
         raise blamed(error, artifact, runtime, simulation) from error
+    if parity.tied:
+        _hold_ties(parity, artifact, runtime, simulation)
     if artifact.manifest.dialect.startswith(INTEGERS):
         return _operator_by_operator(parity, artifact, runtime, simulation)
     if parity.max_rel is not None and parity.max_rel > SUSPECT:
@@ -58,6 +61,25 @@ def _operator_by_operator(parity: Parity, artifact: Artifact, runtime: Runtime, 
     return replace(parity, rounded=found.compared, rounded_otherwise=found.worst_share)
 
 
+def _hold_ties(parity: Parity, artifact: Artifact, runtime: Runtime, simulation: Graph) -> None:
+    """On samples that were set aside as ties, the first float operator that diverges is a choice, and none before it.
+
+    Raises:
+        ParityError: it is another one.
+    """
+    if artifact.manifest.dialect.startswith(INTEGERS):
+        return  # judged operator by operator, on one sample as on another
+    golden = artifact.golden()
+    for number in parity.tied:
+        inputs = take(artifact.manifest.inputs, golden.inputs, number, number + 1)
+        try:
+            found = first_divergence(simulation, inputs, runtime.trace(artifact, inputs))
+        except (Unsupported, MissingExtra):
+            return
+        if found.node is not None and found.operator not in CHOICES:
+            raise _inside(artifact, found, "samples near a tie differ before any choice")
+
+
 def _look_inside(artifact: Artifact, runtime: Runtime, simulation: Graph) -> None:
     inputs = _worst_samples(artifact, runtime)
     try:
@@ -65,13 +87,15 @@ def _look_inside(artifact: Artifact, runtime: Runtime, simulation: Graph) -> Non
     except (Unsupported, MissingExtra):
         return
     found = first_divergence(simulation, inputs, steps)
-    if found.error is not None and found.error > FLOAT_LIMIT:
+    if found.error is not None and found.error > FLOAT_LIMIT and found.operator not in CHOICES:
         raise _inside(artifact, found)
 
 
-def _inside(artifact: Artifact, fault: Divergence) -> ParityError:
+def _inside(
+    artifact: Artifact, fault: Divergence, what: str = "the outputs agree, an operator does not"
+) -> ParityError:
     name = f"{artifact.manifest.format} {artifact.manifest.name!r}"
-    return ParityError(f"{name}: the outputs agree, an operator does not; {fault}", details=asdict(fault))
+    return ParityError(f"{name}: {what}; {fault}", details=asdict(fault))
 
 
 def blamed(error: ParityError, artifact: Artifact, runtime: Runtime, simulation: Graph) -> ParityError:

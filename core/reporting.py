@@ -76,6 +76,7 @@ def view(data: Values) -> dict[str, Any]:
         "measurements": [_measurement(group) for group in _groups(data["profiles"])],
         "devices": _devices(data["profiles"]),
         "sensitivity": _sensitivity(data["compressed"]),
+        "tokens": _tokens(data["compressed"]),
     }
 
 
@@ -250,6 +251,16 @@ def _sensitivity(compressed: Values | None) -> dict[str, Any] | None:
     axis = ticks(0.0, max([row["gain_db"] or 0.0 for row in found["layers"]] + [1.0]), count=3)
     rows = [{**row, "to": place(row["gain_db"] or 0.0, 0, axis[-1])} for row in found["layers"][:LAYERS]]
     return {**found, "rows": rows, "more": len(found["layers"]) - len(rows), "axis": _axis(axis)}
+
+
+def _tokens(compressed: Values | None) -> dict[str, Any] | None:
+    """What a cut in the number of tokens keeps, block by block; bars of the attention that the kept ones hold."""
+    steps = [] if compressed is None else compressed["manifest"]["history"]
+    found = next((step["findings"]["tokens"] for step in steps if "tokens" in step.get("findings", {})), None)
+    if found is None:
+        return None
+    rows = [{**row, "to": place(row["attentiveness"], 0, 1)} for row in found["blocks"]]
+    return {**found, "rows": rows, "axis": _axis([0.0, 0.25, 0.5, 0.75, 1.0])}
 
 
 def _devices(profiles: Sequence[Values]) -> list[dict[str, str]]:

@@ -62,6 +62,11 @@ def _resized(values: Array, spec: TensorSpec) -> Array:
     return np.ascontiguousarray(values)
 
 
+def pick(specs: Sequence[TensorSpec], arrays: Arrays, numbers: Sequence[int]) -> dict[str, Array]:
+    """The samples with these numbers."""
+    return join(specs, [take(specs, arrays, number, number + 1) for number in numbers])
+
+
 def join(specs: Sequence[TensorSpec], stacks: Sequence[Arrays]) -> dict[str, Array]:
     """Stacks, one after the other."""
     return {spec.name: np.concatenate([stack[spec.name] for stack in stacks], axis=batch_axis(spec)) for spec in specs}

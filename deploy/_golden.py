@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgepack.artifact import Golden, Manifest
-from edgepack.contracts import Arrays, Preprocessing, TensorSpec
+from edgepack.contracts import FLOAT_LIMIT, Arrays, Preprocessing, TensorSpec
 from edgepack.errors import Unsupported
 from edgepack.samples import Array, count, take
 from edgepack.task import Input
@@ -21,7 +21,7 @@ Stored = dict[str, Any]
 def write_golden(manifest: Manifest, golden: Golden, limit: int, folder: Path) -> list[dict[str, list[Stored]]]:
     """Each sample's inputs as the model takes them and the answers it must give, in the manifest's order."""
     written = []
-    for index in range(min(limit, count(manifest.inputs, golden.inputs))):
+    for index in _telling(manifest, golden)[:limit]:
         place = folder / "golden" / f"{index:02d}"
         sample = {
             "inputs": _sample(manifest.inputs, golden.inputs, index, place, "input"),
@@ -29,6 +29,13 @@ def write_golden(manifest: Manifest, golden: Golden, limit: int, folder: Path) -
         }
         written.append(sample)
     return written
+
+
+def _telling(manifest: Manifest, golden: Golden) -> list[int]:
+    """Samples whose choices are no ties, on which another build of the engine must answer the same; all, if none is."""
+    numbers = list(range(count(manifest.inputs, golden.inputs)))
+    clear = [number for number in numbers if golden.margins is None or golden.margins[number] > FLOAT_LIMIT]
+    return clear or numbers
 
 
 def write_pixels(spec: TensorSpec, how: Preprocessing, golden: Array, folder: Path) -> Stored:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from edgepack.export._tflite_rows import rows as row_operator
+
 if TYPE_CHECKING:
     import torch
     from torch.fx import GraphModule
@@ -272,6 +274,21 @@ def _ordered(module: GraphModule, node: Any) -> Any:
     return None
 
 
+def _rows(module: GraphModule, node: Any) -> Any:
+    """Whole rows of a single sample: one index for each, not one for every number in it."""
+    import torch
+
+    aten = torch.ops.aten
+    source, axis, index = _arguments(node)[:3]
+    shape, widened = source.meta["val"].shape, str(index.target) == "aten.expand.default"
+    if len(shape) != 3 or shape[0] != 1 or axis != 1 or not widened or index.args[0].meta["val"].shape[2] != 1:
+        return None
+    rows = _call(module, aten.reshape.default, source, list(shape[1:]))
+    places = _call(module, aten.reshape.default, index.args[0], [-1])
+    made = _call(module, row_operator(), rows, places)
+    return _call(module, aten.reshape.default, made, list(node.meta["val"].shape))
+
+
 def _places(wide: torch.Tensor, factor: Any) -> torch.Tensor | None:
     """One 1 per channel of the narrow form: (channels · factor², channels, factor, factor)."""
     import torch
@@ -357,4 +374,5 @@ RULES: dict[str, Callable[[GraphModule, Any], Any]] = {
     "topk": _ordered,
     "sort": _ordered,
     "argsort": _ordered,
+    "gather": _rows,
 }
