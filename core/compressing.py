@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 GOLDEN_SAMPLES = 16
 COMPRESSED = "compressed"
 BASELINE = "baseline"
+WORK = "work"  # scratch
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class PassRun:
     watcher: Progress
     original: nn.Module
     task: Task
+    folder: Path = Path()
+    identity: str = ""
     notes: list[str] = field(default_factory=list)
     findings: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -83,9 +89,18 @@ class PassRun:
 
 
 def compress(
-    module: nn.Module, task: Task, passes: Sequence[Pass], out: Path, progress: Progress, fingerprint: str = ""
+    module: nn.Module,
+    task: Task,
+    passes: Sequence[Pass],
+    out: Path,
+    progress: Progress,
+    fingerprint: str = "",
+    folder: Path = Path(),
 ) -> CompressResult:
     """Apply the passes to a copy of ``module`` and write ``out/compressed`` and ``out/baseline/pt2``.
+
+    Relative paths in the passes' options are relative to ``folder``. What passes keep to go on after an interruption
+    lies in ``out/work`` until all have succeeded.
 
     Raises:
         EdgepackError: with the exit status of its kind; a pass that fails unexpectedly is named (StepError).
@@ -100,7 +115,7 @@ def compress(
     score_before = score(task, reference, lambda: reference, progress, "scoring the original")
 
     plan = Plan()
-    smaller, history = _apply_all(original, task, passes, plan, out, progress)
+    smaller, history = _apply_all(original, task, passes, plan, out / WORK, folder, progress)
     progress.start("capturing the compressed network")
     after = capture(smaller, task) if passes else before
     _same_interface(before, after)
@@ -121,7 +136,9 @@ def compress(
         facts, name=COMPRESSED, inputs=after.inputs, outputs=after.outputs, history=tuple(history),
         parity=beside_original(after.outputs, golden), score=beside(score_before, score_after), fingerprint=fingerprint,
     )  # fmt: skip
-    return result(out, _write(out / COMPRESSED, after, plan, golden, facts), False, time.perf_counter() - began)
+    manifest = _write(out / COMPRESSED, after, plan, golden, facts)
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    return result(out, manifest, False, time.perf_counter() - began)
 
 
 def result(out: Path, manifest: Manifest, up_to_date: bool, seconds: float) -> CompressResult:
@@ -130,14 +147,15 @@ def result(out: Path, manifest: Manifest, up_to_date: bool, seconds: float) -> C
 
 
 def _apply_all(
-    original: nn.Module, task: Task, passes: Sequence[Pass], plan: Plan, out: Path, progress: Progress
+    original: nn.Module, task: Task, passes: Sequence[Pass], plan: Plan, work: Path, folder: Path, progress: Progress
 ) -> tuple[nn.Module, list[Mapping[str, Any]]]:
     module = copy.deepcopy(original)
     history: list[Mapping[str, Any]] = []
     for number, item in enumerate(passes, 1):
         name = parts.name_of(item)
         progress.start(f"pass {number} of {len(passes)}: {name}")
-        run = PassRun(out / "work" / f"{number}-{name}", 0, plan, progress, original, task)
+        identity = _identity(passes[:number])
+        run = PassRun(work / f"{number}-{name}", 0, plan, progress, original, task, folder, identity)
         began, size = time.perf_counter(), _values(module)
         try:
             item.check(module, task)
@@ -155,6 +173,11 @@ def _apply_all(
             "findings": run.findings,
         })  # fmt: skip
     return module, history
+
+
+def _identity(passes: Sequence[Pass]) -> str:
+    facts = [[(parts.name_of(item), parts.options_of(item)) for item in passes], versions("torch")]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _numbers(outputs: Arrays, who: str, hint: str) -> Arrays:
