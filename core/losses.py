@@ -101,7 +101,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0
         labels = labels.squeeze(1)
     counted = labels[labels != ignore]
     if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < outputs.shape[1]:
-        raise InputError(f"labels reach from {int(counted.min())} to {int(counted.max())}, the output has "
+        raise ValueError(f"labels reach from {int(counted.min())} to {int(counted.max())}, the output has "
                          f"{outputs.shape[1]} classes")  # fmt: skip
     return functional.cross_entropy(outputs, labels, ignore_index=ignore, label_smoothing=label_smoothing)
 
@@ -132,7 +132,7 @@ def bce(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _like(outputs: Tensor, targets: Tensor) -> Tensor:
     if outputs.shape != targets.shape:
-        raise InputError(f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} differ in shape")
+        raise ValueError("outputs and targets differ in shape")
     return targets.to(outputs.dtype)
 
 

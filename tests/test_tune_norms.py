@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
-from _networks import resnet20  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.utils import parametrize  # noqa: E402
 
+from _networks import resnet20  # noqa: E402
 from edgepack.compress._graph import GraphView  # noqa: E402
 from edgepack.compress._tune_hold import Grid  # noqa: E402
 from edgepack.compress._tune_norms import Pair, pairs_of, tuned  # noqa: E402
