@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import networks
-import numpy as np
 import torch
 from torch import nn
 
@@ -112,9 +111,8 @@ def rows_of(name: str, original: nn.Module, task: Task, test: Data) -> list[dict
             "images": len(task.training or ()), "seconds": found["seconds"], "kept": found["kept"],
             "epochs": found["epochs"],
         })  # fmt: skip
-        print(
-            json.dumps({key: rows[-1][key] for key in ("case", "teaching", "before", "after", "seconds")}), flush=True
-        )  # noqa: T201
+        shown = ("case", "teaching", "before", "after", "seconds")
+        print(json.dumps({key: rows[-1][key] for key in shown}), flush=True)  # noqa: T201
     return rows
 
 
@@ -130,10 +128,10 @@ def document(data: Mapping[str, Any]) -> str:
     return (
         "# What training regains\n\nWritten by `python benchmarks/recovery.py` from "
         "`benchmarks/results/recovery.json`; do not edit.\n\nResNet-20 on CIFAR-10, top-1 on all "
-        f"{data['scored']:,} test images; the network before compression has {100 * whole:.2f} %. Weights are rounded to "
-        "the nearest step, one scale per output channel, or the smallest are set to 0 at once; both stay so in every "
-        "step of training. The teacher is the network before compression. The best epoch was chosen on training images "
-        "held out from training; no test image took part in any choice. Seconds are of a machine with other work on it, "
+        f"{data['scored']:,} test images; the network before compression has {100 * whole:.2f} %. Weights are rounded "
+        "to the nearest step, one scale per output channel, or the smallest are set to 0 at once; both stay so while "
+        "training. The teacher is the network before compression. The best epoch was chosen on training images "
+        "held out; no test image took part in any choice. Seconds are of a machine with other work on it, "
         f"{data['threads']} thread.\n\n" + "\n".join(lines) + "\n\n"
         f"Versions: {', '.join(f'{k} {v}' for k, v in data['versions'].items())}; {data['machine']}.\n"
     )

@@ -127,8 +127,8 @@ class Epochs:
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         if not np.isfinite(total):
-            raise InputError(f"{self.training.name}: the loss is {total} in step {number + 1} of {steps}",
-                             f"train more gently: lr below {self.settings.rate:g}, or clip below {self.settings.clip:g}")  # fmt: skip
+            advice = f"train more gently: lr below {self.settings.rate:g}, or clip below {self.settings.clip:g}"
+            raise InputError(f"{self.training.name}: the loss is {total} in step {number + 1} of {steps}", advice)
         moved = [value for group in self.optimizer.param_groups for value in group["params"]]
         nn.utils.clip_grad_norm_(moved, self.settings.clip)
         self.optimizer.step()

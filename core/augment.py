@@ -49,7 +49,7 @@ def augmented(batch: Batch, words: Sequence[str], inputs: Sequence[Input], rando
         raise InputError(f"augment: the inputs are images of several sizes, {sorted(sizes)}", "leave augment out")
     (size,) = sizes
     window = _window(inputs[0]) if "crop" in words else size
-    border = _border(size, window)
+    border = _border(size, window) if "crop" in words else (0, 0)
     count = len(batch)
     tops, lefts = (random.integers(0, side + 2 * more - part + 1, count)
                    for side, more, part in zip(size, border, window, strict=True))  # fmt: skip

@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+import torch._dynamo  # optimizers load it; once here instead of in each child
 from safetensors.torch import save_file
 from edgepack import metrics
 from edgepack.compress import _tune_loop
