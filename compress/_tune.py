@@ -28,7 +28,7 @@ class Tune:
     """How to train a compressed network so that it regains what it lost.
 
     Attributes:
-        epochs: times the training data are seen; half-trained with a time budget is worse than fewer epochs.
+        epochs: times the training data are seen.
         lr: highest learning rate; it rises during ``warmup`` and falls to 0 as a cosine. None: 0.01 for ``sgd``,
             0.001 for ``adamw``.
         optimizer: ``sgd`` (Nesterov momentum) or ``adamw``.
@@ -51,7 +51,7 @@ class Tune:
         held_out: samples on which the best epoch is chosen, and as many others on which it is reported, out of the
             evaluation data (else of the training data); 0: the last epoch is taken.
         patience: stop after this many epochs without a better one; None: never.
-        minutes: stop when they are over, with the best epoch so far.
+        minutes: stop when they are over, with the best epoch so far; fewer epochs, all of them done, are better.
         seed: of the order of samples, augmentation, and whatever is random in the network.
     """
 
@@ -115,7 +115,8 @@ class Hold:
         losses: called in each step after the network: further terms of the loss, already weighted.
         schedule: called before each step with how far training has come, 0…1; 1.0 once at the very end.
         settled: progress from which the schedules stand still: only later epochs may be chosen.
-        beside: a module trained along with the network and not part of it, such as learned scales.
+        beside: a module trained along with the network and not part of it, such as learned scales. What is random in
+            it must come from ``run.seed``, or a killed training cannot go on.
     """
 
     project: Sequence[Callable[[], None]] = ()
@@ -140,6 +141,7 @@ def tune(
 ) -> nn.Module:
     """Train ``module`` in place and return it, in inference mode.
 
+    It is trained in the mode it is in: as it will be deployed, without dropout, unless the pass calls ``train()``.
     Without settings nothing is trained and only what ``hold`` asks is enforced. ``name`` is for a pass that trains
     several times: its checkpoints and its findings in the report are under it. A run that was killed goes on from the
     last epoch it finished, to the same weights.

@@ -38,6 +38,8 @@ class Epochs:
     def run_all(self) -> None:
         found = checkpoint.load(self.folder, self.state.identity)
         if found is None:
+            if self.folder.exists():
+                self.run.note(f"{self.training.name}: begun anew: what an earlier run left is of another training")
             self._begin()
         else:
             self._resume(found)
@@ -185,7 +187,8 @@ class Epochs:
     def _summary(self, values: dict[str, Any]) -> str:
         taught = [] if self.lesson.teacher is None else [f"teacher {self.settings.teacher}"]
         sources = " and ".join([*taught, *(["labels"] if self.lesson.loss is not None else [])])
-        text = (f"{self.training.name}: {self.state.epochs} epochs of {len(self.feed.rows)} samples from {sources}; "
+        epochs = "1 epoch" if self.state.epochs == 1 else f"{self.state.epochs} epochs"
+        text = (f"{self.training.name}: {epochs} of {len(self.feed.rows)} samples from {sources}; "
                 f"ended by {values['ended']}, kept epoch {values['kept']}")  # fmt: skip
         if self.judge is None:
             return text

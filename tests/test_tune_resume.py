@@ -107,7 +107,10 @@ print(json.dumps({"kills": kills, "status": os.WEXITSTATUS(status)}))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its trainings with fork")
-@pytest.mark.parametrize("options", [{"features": ["auto"], "lr": 0.05}, {"optimizer": "adamw", "labels": False}])
+@pytest.mark.parametrize("options", [
+    {"features": ["auto"], "lr": 0.05},
+    pytest.param({"optimizer": "adamw", "labels": False}, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_killed_ten_times(tmp_path: Path, options: dict[str, Any]) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path), json.dumps(options)], check=True,
@@ -152,6 +155,7 @@ def test_what_is_done_is_not_done_again_unless_something_changed(tmp_path: Path)
     assert len(told) == 1 + 2 * 4 + 1
     again, run, told = run_once(tmp_path, settings)
     assert told == [0.0, 1.0]
+    assert not any("begun anew" in note for note in run.notes)
     assert torch.equal(first.weight, again.weight)
     assert run.findings["tune"]["epochs"][-1]["epoch"] == 2
     for change in (
@@ -159,7 +163,8 @@ def test_what_is_done_is_not_done_again_unless_something_changed(tmp_path: Path)
         {"shift": 0.1},
         {"settings": Tune(epochs=2, batch=16, held_out=0, seed=3)},
     ):
-        _, _, told = run_once(tmp_path, **{"settings": settings, **change})
+        _, run, told = run_once(tmp_path, **{"settings": settings, **change})
+        assert any("begun anew" in note for note in run.notes)
         assert len(told) == 1 + 2 * 4 + 1, change
         run_once(tmp_path, settings)
 
