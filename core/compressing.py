@@ -89,18 +89,12 @@ class PassRun:
 
 
 def compress(
-    module: nn.Module,
-    task: Task,
-    passes: Sequence[Pass],
-    out: Path,
-    progress: Progress,
-    fingerprint: str = "",
+    module: nn.Module, task: Task, passes: Sequence[Pass], out: Path, progress: Progress, fingerprint: str = "",
     folder: Path = Path(),
-) -> CompressResult:
+) -> CompressResult:  # fmt: skip
     """Apply the passes to a copy of ``module`` and write ``out/compressed`` and ``out/baseline/pt2``.
 
-    Relative paths in the passes' options are relative to ``folder``. What passes keep to go on after an interruption
-    lies in ``out/work`` until all have succeeded.
+    Paths in options are relative to ``folder``. What passes keep to resume lies in ``out/work`` until all succeed.
 
     Raises:
         EdgepackError: with the exit status of its kind; a pass that fails unexpectedly is named (StepError).
@@ -123,15 +117,10 @@ def compress(
     if passes:
         score_after = score(task, Network.of(after), lambda: reference, progress, "scoring the compressed")
 
-    golden = Golden(inputs, answers, answers)
-    facts = Manifest(
-        format="pt2", name=BASELINE, dialect="aten", inputs=before.inputs, outputs=before.outputs,
-        parity=Parity("not run: this is the reference"), score=beside(score_before, score_before),
-        float_size_bytes=4 * _values(original), versions=versions("numpy", "torch"),
-    )  # fmt: skip
-    _write(out / BASELINE / "pt2", before, None, golden, facts)
-    simulation = _numbers(run_graph(after, inputs), "the compressed network", "leave out passes to find which does it")
-    golden = replace(golden, simulation=simulation)
+    facts = _facts(original, before, score_before)
+    _write(out / BASELINE / "pt2", before, None, Golden(inputs, answers, answers), facts)
+    found = _numbers(run_graph(after, inputs), "the compressed network", "leave out passes to find which does it")
+    golden = Golden(inputs, answers, found)
     facts = replace(
         facts, name=COMPRESSED, inputs=after.inputs, outputs=after.outputs, history=tuple(history),
         parity=beside_original(after.outputs, golden), score=beside(score_before, score_after), fingerprint=fingerprint,
@@ -139,6 +128,15 @@ def compress(
     manifest = _write(out / COMPRESSED, after, plan, golden, facts)
     shutil.rmtree(out / WORK, ignore_errors=True)
     return result(out, manifest, False, time.perf_counter() - began)
+
+
+def _facts(original: nn.Module, graph: Graph, scored: Mapping[str, Any] | None) -> Manifest:
+    """What is said of the network before compression."""
+    return Manifest(
+        format="pt2", name=BASELINE, dialect="aten", inputs=graph.inputs, outputs=graph.outputs,
+        parity=Parity("not run: this is the reference"), score=beside(scored, scored),
+        float_size_bytes=4 * _values(original), versions=versions("numpy", "torch"),
+    )  # fmt: skip
 
 
 def result(out: Path, manifest: Manifest, up_to_date: bool, seconds: float) -> CompressResult:
