@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 GOLDEN_SAMPLES = 16
 COMPRESSED = "compressed"
 BASELINE = "baseline"
+WORK = "work"  # scratch
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class PassRun:
     watcher: Progress
     original: nn.Module
     task: Task
+    folder: Path = Path()
+    identity: str = ""
     notes: list[str] = field(default_factory=list)
     findings: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -83,9 +89,12 @@ class PassRun:
 
 
 def compress(
-    module: nn.Module, task: Task, passes: Sequence[Pass], out: Path, progress: Progress, fingerprint: str = ""
-) -> CompressResult:
+    module: nn.Module, task: Task, passes: Sequence[Pass], out: Path, progress: Progress, fingerprint: str = "",
+    folder: Path = Path(),
+) -> CompressResult:  # fmt: skip
     """Apply the passes to a copy of ``module`` and write ``out/compressed`` and ``out/baseline/pt2``.
+
+    Paths in options are relative to ``folder``. What passes keep to resume lies in ``out/work`` until all succeed.
 
     Raises:
         EdgepackError: with the exit status of its kind; a pass that fails unexpectedly is named (StepError).
@@ -100,7 +109,7 @@ def compress(
     score_before = score(task, reference, lambda: reference, progress, "scoring the original")
 
     plan = Plan()
-    smaller, history = _apply_all(original, task, passes, plan, out, progress)
+    smaller, history = _apply_all(original, task, passes, plan, out / WORK, folder, progress)
     progress.start("capturing the compressed network")
     after = capture(smaller, task) if passes else before
     _same_interface(before, after)
@@ -108,20 +117,26 @@ def compress(
     if passes:
         score_after = score(task, Network.of(after), lambda: reference, progress, "scoring the compressed")
 
-    golden = Golden(inputs, answers, answers)
-    facts = Manifest(
-        format="pt2", name=BASELINE, dialect="aten", inputs=before.inputs, outputs=before.outputs,
-        parity=Parity("not run: this is the reference"), score=beside(score_before, score_before),
-        float_size_bytes=4 * _values(original), versions=versions("numpy", "torch"),
-    )  # fmt: skip
-    _write(out / BASELINE / "pt2", before, None, golden, facts)
-    simulation = _numbers(run_graph(after, inputs), "the compressed network", "leave out passes to find which does it")
-    golden = replace(golden, simulation=simulation)
+    facts = _facts(original, before, score_before)
+    _write(out / BASELINE / "pt2", before, None, Golden(inputs, answers, answers), facts)
+    found = _numbers(run_graph(after, inputs), "the compressed network", "leave out passes to find which does it")
+    golden = Golden(inputs, answers, found)
     facts = replace(
         facts, name=COMPRESSED, inputs=after.inputs, outputs=after.outputs, history=tuple(history),
         parity=beside_original(after.outputs, golden), score=beside(score_before, score_after), fingerprint=fingerprint,
     )  # fmt: skip
-    return result(out, _write(out / COMPRESSED, after, plan, golden, facts), False, time.perf_counter() - began)
+    manifest = _write(out / COMPRESSED, after, plan, golden, facts)
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    return result(out, manifest, False, time.perf_counter() - began)
+
+
+def _facts(original: nn.Module, graph: Graph, scored: Mapping[str, Any] | None) -> Manifest:
+    """What is said of the network before compression."""
+    return Manifest(
+        format="pt2", name=BASELINE, dialect="aten", inputs=graph.inputs, outputs=graph.outputs,
+        parity=Parity("not run: this is the reference"), score=beside(scored, scored),
+        float_size_bytes=4 * _values(original), versions=versions("numpy", "torch"),
+    )  # fmt: skip
 
 
 def result(out: Path, manifest: Manifest, up_to_date: bool, seconds: float) -> CompressResult:
@@ -130,14 +145,15 @@ def result(out: Path, manifest: Manifest, up_to_date: bool, seconds: float) -> C
 
 
 def _apply_all(
-    original: nn.Module, task: Task, passes: Sequence[Pass], plan: Plan, out: Path, progress: Progress
+    original: nn.Module, task: Task, passes: Sequence[Pass], plan: Plan, work: Path, folder: Path, progress: Progress
 ) -> tuple[nn.Module, list[Mapping[str, Any]]]:
     module = copy.deepcopy(original)
     history: list[Mapping[str, Any]] = []
     for number, item in enumerate(passes, 1):
         name = parts.name_of(item)
         progress.start(f"pass {number} of {len(passes)}: {name}")
-        run = PassRun(out / "work" / f"{number}-{name}", 0, plan, progress, original, task)
+        identity = _identity(passes[:number])
+        run = PassRun(work / f"{number}-{name}", 0, plan, progress, original, task, folder, identity)
         began, size = time.perf_counter(), _values(module)
         try:
             item.check(module, task)
@@ -155,6 +171,11 @@ def _apply_all(
             "findings": run.findings,
         })  # fmt: skip
     return module, history
+
+
+def _identity(passes: Sequence[Pass]) -> str:
+    facts = [[(parts.name_of(item), parts.options_of(item)) for item in passes], versions("torch")]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _numbers(outputs: Arrays, who: str, hint: str) -> Arrays:

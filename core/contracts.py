@@ -102,14 +102,20 @@ class Run(Protocol):
     """What a pass is handed besides the module: the only way it reaches the rest of edgepack.
 
     Attributes:
-        workdir: scratch folder of this run, for checkpoints.
+        workdir: scratch folder of this run, for checkpoints; it outlives a run that was killed, not one that ended.
         seed: for every random choice of the pass.
         plan: to be filled with what the float graph cannot say.
+        original: the network before the first pass, to be asked and never changed.
+        folder: what relative paths in options are relative to.
+        identity: of the pass, its options and the passes before it: what it left in ``workdir`` is for this alone.
     """
 
     workdir: Path
     seed: int
     plan: Plan
+    original: nn.Module
+    folder: Path
+    identity: str
 
     def note(self, text: str) -> None:
         """One line for the report: what was done or left alone, and why."""

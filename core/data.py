@@ -56,6 +56,9 @@ class Data(Protocol):
     def batches(self, size: int) -> Iterator[Batch]:
         """All samples in batches of at most ``size``. Raises InputError for a sample that cannot be read."""
 
+    def take(self, rows: Sequence[int]) -> Iterator[Batch]:
+        """These samples in this order; neighbours of one size come as one batch."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
@@ -172,10 +175,15 @@ class Arrays:
 
     def batches(self, size: int) -> Iterator[Batch]:
         for start in range(0, len(self), size):
-            rows = slice(start, start + size)
-            raw = {name: array[rows] for name, array in self.raw.items()}
-            inputs = {item.name: prepare(item, raw[item.name], self.ready) for item in self.inputs}
-            yield Batch(inputs, raw, None if self.targets is None else self.targets[rows])
+            yield self._batch(slice(start, start + size))
+
+    def take(self, rows: Sequence[int]) -> Iterator[Batch]:
+        yield self._batch(np.asarray(rows))
+
+    def _batch(self, rows: slice | Array) -> Batch:
+        raw = {name: array[rows] for name, array in self.raw.items()}
+        inputs = {item.name: prepare(item, raw[item.name], self.ready) for item in self.inputs}
+        return Batch(inputs, raw, None if self.targets is None else self.targets[rows])
 
 
 def prepare(item: Input, raw: Array, ready: bool = False) -> Array:
@@ -318,7 +326,13 @@ class Samples:
         return self.length
 
     def batches(self, size: int) -> Iterator[Batch]:
-        for group in grouped((self._read(index) for index in range(self.length)), size):
+        return self._batches(range(self.length), size)
+
+    def take(self, rows: Sequence[int]) -> Iterator[Batch]:
+        return self._batches(rows, len(rows))
+
+    def _batches(self, rows: Sequence[int], size: int) -> Iterator[Batch]:
+        for group in grouped((self._read(int(index)) for index in rows), size):
             raw = {item.name: np.stack([one[0][item.name] for one in group]) for item in self.inputs}
             inputs = {item.name: prepare(item, raw[item.name], ready=True) for item in self.inputs}
             targets = None if group[0][1] is None else np.stack([one[1] for one in group if one[1] is not None])

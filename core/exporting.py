@@ -17,7 +17,7 @@ from edgepack import parts, probing, scoring
 from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, Parity, describe_files, replacing
 from edgepack.choosing import Choice, choose, decided, undecided
 from edgepack.collector import without_collection
-from edgepack.compressing import BASELINE, COMPRESSED
+from edgepack.compressing import BASELINE, COMPRESSED, WORK
 from edgepack.contracts import FLOAT_LIMIT, INTEGERS, Exporter, Graph, Preprocessing, TensorSpec
 from edgepack.errors import DeviceError, EdgepackError, InputError, IntegrityError, MissingExtra, StepError, Unsupported
 from edgepack.front import to_front, with_front
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from edgepack.sheet import Budget
     from edgepack.task import Task
 
-WORK = "work"  # scratch
 PACKAGES = (
     "torch", "onnx", "onnxruntime", "openvino", "litert-torch", "ai-edge-litert", "coremltools", "tensorrt",
 )  # fmt: skip

@@ -39,7 +39,13 @@ class ImageFiles(ABC):
         return len(self.files)
 
     def batches(self, size: int) -> Iterator[Batch]:
-        for group in grouped((self._read(index) for index in range(len(self))), size):
+        return self._batches(range(len(self)), size)
+
+    def take(self, rows: Sequence[int]) -> Iterator[Batch]:
+        return self._batches(rows, len(rows))
+
+    def _batches(self, rows: Sequence[int], size: int) -> Iterator[Batch]:
+        for group in grouped((self._read(int(index)) for index in rows), size):
             yield _batch(self.item, group)
 
     @abstractmethod

@@ -69,8 +69,13 @@ def name_of(part: Part | type[Part]) -> str:
 
 
 def options_of(part: Part) -> dict[str, Any]:
-    """The options of a part as plain values, for manifests."""
-    return {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}  # type: ignore[arg-type]
+    """The options of a part as plain values, for manifests; nested tables as tables."""
+    options = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}  # type: ignore[arg-type]
+    return {key: dataclasses.asdict(value) if _table(value) else value for key, value in options.items()}
+
+
+def _table(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def summary(cls: type[Part]) -> str:

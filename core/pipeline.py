@@ -73,7 +73,7 @@ def compress_recipe(recipe: Recipe, opts: Options) -> CompressResult:
         return result(out, done.manifest, True, time.perf_counter() - began)
     task = task_of(recipe)
     opts.progress.start("loading the model")
-    return compress(load_model(recipe), task, recipe.passes, out, opts.progress, made_from)
+    return compress(load_model(recipe), task, recipe.passes, out, opts.progress, made_from, recipe.folder)
 
 
 def export_recipe(recipe: Recipe, opts: Options) -> list[ExportResult]:
@@ -235,22 +235,23 @@ def load_model(recipe: Recipe) -> nn.Module:
 
 def task_of(recipe: Recipe) -> Task:
     """The recipe's task with its data opened."""
-    from edgepack import metrics
+    from edgepack import losses, metrics
     from edgepack.data import open_data
     from edgepack.task import Input, Task
 
     section = recipe.sheet.task
     inputs = tuple(Input(name, **item.model_dump()) for name, item in section.interfaces.items())
-    opened = {
-        key: None if item is None else open_data(item.model_dump(exclude_unset=True), inputs, recipe.folder)
-        for key in ("calibration", "evaluation", "training")
-        for item in (getattr(section, key),)
-    }
+    given = {key: getattr(section, key) for key in ("calibration", "evaluation", "training")}
+    tables = {key: item and item.model_dump(exclude_unset=True, exclude={"augment"}) for key, item in given.items()}
+    opened = {key: item and open_data(item, inputs, recipe.folder) for key, item in tables.items()}
     metric = None if section.metric is None else metrics.find(section.metric, recipe.folder)
+    loss = None if section.loss is None else losses.find(section.loss, recipe.folder)
+    augment = "" if section.training is None else section.training.augment
     labels = _labels(section.labels, recipe.folder)
     if not labels and opened["evaluation"] is not None:
         labels = opened["evaluation"].labels
-    return Task(inputs, metric=metric, labels=labels, output_names=tuple(section.outputs), **opened)
+    names = tuple(section.outputs)
+    return Task(inputs, metric=metric, labels=labels, output_names=names, augment=augment, loss=loss, **opened)
 
 
 def _labels(labels: Sequence[str] | str, folder: Path) -> tuple[str, ...]:

@@ -10,9 +10,9 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -105,15 +105,30 @@ def build(kind: type[P], entry: Mapping[str, Any]) -> P:
     if not isinstance(name, str):
         raise InputError("'use' is missing: it names the part")
     cls = parts.find(kind, name)
-    known = list(getattr(cls, "__dataclass_fields__", {}))
-    unknown = [key for key in options if key not in known]
-    if unknown:
-        raise InputError("\n".join(f"{name} has no option {key!r}, {nearest(key, known) if known else 'it has none'}"
-                                   for key in unknown))  # fmt: skip
+    if unknown := list(_unknown(cls, options, name)):
+        raise InputError("\n".join(unknown))
     try:
         return TypeAdapter(cls).validate_python(options)
     except ValidationError as error:
         raise InputError("\n".join(_line(item) for item in error.errors())) from error
+
+
+def _unknown(cls: type, options: Mapping[str, Any], name: str) -> Iterator[str]:
+    """What is said of options that a part, or a table among its options, does not have."""
+    known = list(getattr(cls, "__dataclass_fields__", {}))
+    types = get_type_hints(cls) if any(isinstance(value, Mapping) for value in options.values()) else {}
+    for key, value in options.items():
+        if key not in known:
+            yield f"{name} has no option {key!r}, {nearest(key, known) if known else 'it has none'}"
+        elif isinstance(value, Mapping) and (table := _table_in(types[key])) is not None:
+            yield from _unknown(table, value, f"{name}: {key}")
+
+
+def _table_in(annotation: Any) -> type | None:
+    """The dataclass that an option's type allows, if there is one."""
+    if isinstance(annotation, type) and is_dataclass(annotation):
+        return annotation
+    return next((found for item in get_args(annotation) if (found := _table_in(item))), None)
 
 
 def build_with(kind: type[P], name: str, section: str, overrides: Sequence[str]) -> P:
@@ -129,14 +144,17 @@ def schema() -> dict[str, Any]:
     """JSON Schema of the recipe, with every part edgepack ships and its options."""
     whole = Sheet.model_json_schema()
     for section, kind in (("compress", Pass), ("export", Exporter)):
-        choices = [_part_schema(kind, name) for name in parts.names(kind)]
+        choices = [part_schema(name, parts.find(kind, name), whole["$defs"]) for name in parts.names(kind)]
         open_choice = {"properties": {"use": {"type": "string", "pattern": ":"}}, "required": ["use"]}
         whole["properties"][section]["items"] = {"anyOf": [*choices, open_choice]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "edgepack recipe", **whole}
 
 
-def _part_schema(kind: type[Part], name: str) -> dict[str, Any]:
-    found = TypeAdapter(parts.find(kind, name)).json_schema()
+def part_schema(name: str, cls: type[Part], tables: dict[str, Any]) -> dict[str, Any]:
+    """Of one entry of ``[[compress]]`` or ``[[export]]``; adds the tables among its options to the schema's."""
+    found = TypeAdapter(cls).json_schema()
+    for table, form in found.pop("$defs", {}).items():
+        tables[table] = {**form, "additionalProperties": False} if form.get("type") == "object" else form
     found["properties"] = {"use": {"const": name}, **found.get("properties", {})}
     return {**found, "required": ["use"], "additionalProperties": False}
 

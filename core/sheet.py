@@ -7,11 +7,13 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from edgepack.augment import words_of
 from edgepack.errors import nearest
 from edgepack.task import Input
 
 Positive = Annotated[float, Field(gt=0)]
 Table = dict[str, Any]
+TEACHERS = ("original", "none")  # those of ``tune`` that are no files
 
 
 class Section(BaseModel):
@@ -43,6 +45,12 @@ class DataSection(Section):
     options: Table = Field(default_factory=dict, description="keyword arguments of the callable")
 
 
+class TrainingSection(DataSection):
+    """Samples for passes that train, and how they are varied."""
+
+    augment: str = Field(default="", description="crop, flip or crop-flip: random, the same for image targets")
+
+
 class InputSection(Section):
     """One input of the network and how raw data becomes it: (raw / scale - mean) / std."""
 
@@ -64,8 +72,9 @@ class TaskSection(Section):
     outputs: list[str] = Field(default_factory=list, description="names of the outputs")
     calibration: DataSection | None = None
     evaluation: DataSection | None = None
-    training: DataSection | None = None
+    training: TrainingSection | None = None
     metric: str | Table | None = None
+    loss: str | Table | None = Field(default=None, description="of passes that train; default: what the metric implies")
     labels: list[str] | str = Field(default_factory=list, description="class names, or a text file with one a line")
 
     @property
@@ -120,6 +129,11 @@ def read_sheet(table: Table, problems: list[str]) -> Sheet | None:
         section = getattr(sheet.task, key)
         if section is not None and bool(section.data) == bool(section.inputs and section.targets):
             problems.append(f"task.{key}: give either 'data', or both 'inputs' and 'targets'")
+    if sheet.task.training is not None:
+        try:
+            words_of(sheet.task.training.augment)
+        except ValueError as wrong:
+            problems.append(f"task.training.augment: {wrong}")
     if sheet.task.evaluation and sheet.task.metric is None:
         problems.append('task.metric: missing; evaluation data need a metric such as "top1"')
     return sheet
@@ -178,8 +192,21 @@ def files_named(sheet: Sheet) -> dict[str, str]:
             named[f"task.{key}.data"] = _path_in(section.data) if section.data else None
             named[f"task.{key}.inputs"], named[f"task.{key}.targets"] = section.inputs, section.targets
     named["task.labels"] = task.labels if isinstance(task.labels, str) else None
-    named["task.metric"] = _path_in(task.metric) if isinstance(task.metric, str) and ":" in task.metric else None
+    for key, source in (("metric", task.metric), ("loss", task.loss)):
+        named[f"task.{key}"] = _path_in(source) if isinstance(source, str) and ":" in source else None
+    for index, entry in enumerate(sheet.compress):
+        named |= _teachers(f"compress.{entry.get('use', index)}.tune", entry.get("tune"))
     return {key: name for key, name in named.items() if name}
+
+
+def _teachers(where: str, tune: Any) -> dict[str, str | None]:
+    """The files of another network that one is trained to follow."""
+    table = tune if isinstance(tune, dict) else {}
+    teacher, weights = table.get("teacher"), table.get("teacher_weights")
+    return {
+        f"{where}.teacher": _path_in(teacher) if isinstance(teacher, str) and teacher not in TEACHERS else None,
+        f"{where}.teacher_weights": weights if isinstance(weights, str) else None,
+    }
 
 
 def _path_in(source: str) -> str | None:

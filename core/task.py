@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgepack import samples
+from edgepack.augment import words_of
 from edgepack.contracts import Preprocessing, TensorSpec
 from edgepack.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from edgepack.data import Data
+    from edgepack.losses import Loss
     from edgepack.metrics import Metric
 
 Array = np.ndarray[Any, Any]
@@ -195,8 +197,10 @@ class Task:
         inputs: in the order of the network's arguments.
         calibration: samples that represent what the network will see.
         evaluation: samples with targets, scored by ``metric``.
-        training: samples for passes that train.
+        training: samples for passes that train; with targets, or without.
+        augment: how training images are varied: ``crop``, ``flip``, ``crop-flip``; empty for not at all.
         metric: how outputs are scored.
+        loss: what training makes small; None: what the metric implies.
         labels: class names, empty if unknown.
         output_names: names of the network's outputs in artifacts, empty for default names.
     """
@@ -208,8 +212,11 @@ class Task:
     metric: Metric | None = None
     labels: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
+    augment: str = ""
+    loss: Loss | None = None
 
     def __post_init__(self) -> None:
+        words_of(self.augment)
         names = [item.name for item in self.inputs]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"a task needs at least one input and distinct names, not {names}")
