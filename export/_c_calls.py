@@ -250,11 +250,18 @@ def walk(views: Sequence[View], names: Sequence[str], step: Step) -> str:
     return f"static const nn_walk w = {{{text}}};"
 
 
+def _inner(views: Sequence[View]) -> int:
+    """Length of the innermost loop."""
+    return (merged(views)[0] or [1])[-1]
+
+
 def _walked(writer: Writer, step: Step, *words: str, kernel: str = "") -> list[str]:
     """A kernel of single elements: walk, words in between, inputs, output."""
     names = ("out", "one", "two")[: 1 + len(step.inputs)]
     places = [writer.pointer(view) for view in step.inputs] + [writer.pointer(step.output, True)]
-    text = walk([step.output, *step.inputs], names, step)
+    views = list(zip((step.output, *step.inputs), names, strict=True))
+    best = max((views, [*views[1:], views[0]]), key=lambda way: _inner([view for view, _ in way]))
+    text = walk([view for view, _ in best], [name for _, name in best], step)
     return [text, f"nn_{kernel or step.kernel}({', '.join(('&w', *words, *places))});"]
 
 
@@ -271,7 +278,7 @@ def _copy(writer: Writer, step: Step) -> list[str]:
     source, target = step.inputs[0], step.output
     kernel = f"copy_{32 if source.dtype in ('float32', 'int32') else 8}"
     ways = [([target, source], ("out", "one")), ([source, target], ("one", "out"))]
-    views, names = max(ways, key=lambda way: (merged(way[0])[0] or [1])[-1])
+    views, names = max(ways, key=lambda way: _inner(way[0]))
     ends = [writer.pointer(source), writer.pointer(target, True)]
     return [walk(views, names, step), f"nn_{kernel}(&w, {', '.join(ends)});"]
 
@@ -280,6 +287,18 @@ def _fill(writer: Writer, step: Step) -> list[str]:
     value = step.options["value"]
     kind, text = ("s8", str(int(value))) if step.output.dtype == "int8" else ("f32", number(value))
     return [f"nn_fill_{kind}({step.output.buffer.size}, {text}, {writer.pointer(step.output, True)});"]
+
+
+def _border(writer: Writer, step: Step) -> list[str]:
+    value = step.options["value"]
+    kind, text = ("s8", str(int(value))) if step.output.dtype == "int8" else ("f32", number(value))
+    sizes = zip(("batch", "height", "width", "channels"), step.output.sizes, strict=True)
+    (top, bottom), (left, right) = step.options["ends"][2:]
+    fields = {**dict(sizes), "top": top, "bottom": bottom, "left": left, "right": right}
+    return [
+        f"static const nn_border b = {{{_numbers(fields)}}};",
+        f"nn_border_{kind}(&b, {text}, {writer.pointer(step.output, True)});",
+    ]
 
 
 def _cast(writer: Writer, step: Step) -> list[str]:
@@ -300,13 +319,15 @@ def _softmax(writer: Writer, step: Step) -> list[str]:
     rest = [view.sliced(axis, 0, 1) for view in (target, source)]
     numbers = (source.shape[axis], source.stride(axis), target.stride(axis), int(step.options["log"]))
     ends = [writer.pointer(source), writer.pointer(target, True)]
-    return [walk(rest, ("out", "one"), step), f"nn_softmax_f32(&w, {', '.join(map(str, numbers))}, {', '.join(ends)});"]
+    words = ", ".join(("&w", *map(str, numbers), *ends))
+    return [walk(rest, ("out", "one"), step), f"nn_softmax_f32({words});"]
 
 
 CALLS: dict[str, Callable[[Writer, Step], list[str]]] = {
     "conv_f32": _conv_f32, "depthwise_f32": _conv_f32, "max_pool_f32": _pool, "avg_pool_f32": _pool,
     "max_pool_s8": _pool, "adaptive_pool_f32": _pool, "nearest_f32": _pool, "nearest_s8": _pool,
-    "bilinear_f32": _pool, "unary_f32": _unary, "binary_f32": _binary, "copy": _copy, "fill": _fill, "cast": _cast,
+    "bilinear_f32": _pool, "unary_f32": _unary, "binary_f32": _binary, "copy": _copy, "fill": _fill, "border": _border,
+    "cast": _cast,
     "reduce_f32": _reduce, "softmax_f32": _softmax, "conv_s8": _conv_s8, "depthwise_s8": _conv_s8,
     "avg_pool_s8": _avg_pool_s8, "sum_s8": _pair_s8, "product_s8": _pair_s8, "table_s8": _table,
     "quantize": _quantize, "dequantize": _dequantize,

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from edgepack.export._c_graph import Buffer, Network, Step, View, channels_last
 
+FILLS = ("fill", "border")
 CONVOLUTIONS = ("conv_f32", "depthwise_f32")
 IMAGES = ("conv_f32", "depthwise_f32", "conv_s8", "depthwise_s8", "max_pool_f32", "max_pool_s8", "avg_pool_f32",
           "avg_pool_s8", "adaptive_pool_f32", "nearest_f32", "nearest_s8", "bilinear_f32")  # fmt: skip
@@ -143,7 +144,7 @@ def _stride(size: int, step: int, axes: Sequence[tuple[int, int, int]], places: 
 
 def _walkable(step: Step, place: int, view: View) -> bool:
     """Whether a kernel takes a view with these strides."""
-    if step.kernel == "fill":
+    if step.kernel in FILLS:
         return False
     if step.kernel not in IMAGES:
         return True
@@ -153,7 +154,7 @@ def _walkable(step: Step, place: int, view: View) -> bool:
 
 def _fill_first(network: Network, buffer: Buffer) -> None:
     """Fill a buffer before anything else is written to it."""
-    fills = [step for step in network.writers(buffer) if step.kernel == "fill"]
+    fills = [step for step in network.writers(buffer) if step.kernel in FILLS]
     for fill in fills:
         network.steps.remove(fill)
         first = min(network.steps.index(step) for step in network.writers(buffer))

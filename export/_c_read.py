@@ -205,7 +205,8 @@ class Reader:
             return view
         shape = [size + sum(pair) for size, pair in zip(view.shape, grown, strict=True)]
         made = inner = View.new(view.dtype, shape, order or view.order)
-        self.emit("fill", node, [], made, value=value)
+        around = made.order == channels_last(4) and not any(before or behind for before, behind in grown[:2])
+        self.emit("border" if around else "fill", node, [], made, value=value, ends=grown)
         for axis, (before, _) in enumerate(grown):
             inner = inner.sliced(axis, before, before + view.shape[axis])
         self.copy(view, inner, node)

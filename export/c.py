@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from edgepack.plan import Plan
 
 DEFAULT_PREFIX = "model"
-EXACT = ("quantize", "dequantize", "copy", "fill", "cast")  # beside integers: kernels that give one answer everywhere
+EXACT = (
+    "quantize",
+    "dequantize",
+    "copy",
+    "fill",
+    "border",
+    "cast",
+)  # beside integers: kernels that give one answer everywhere
 FLOAT_TOLERANCE = 1e-4  # of the self-test, times the largest answer
 
 

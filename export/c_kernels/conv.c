@@ -59,3 +59,8 @@ void nn_depthwise_s8(const nn_conv *p, const nn_requantize *q, const int8_t *in,
 {
     NN_CHOOSE(nn_integer_depthwise, p->groups % 16 == 8, (p, q, in, weights, out))
 }
+
+void nn_sum_row(const nn_sum *s, int n, const int8_t *one, const int8_t *two, int8_t *out)
+{
+    NN_CHOOSE(nn_sum_row, 0, (s, n, one, two, out))
+}

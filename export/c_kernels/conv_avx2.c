@@ -138,4 +138,5 @@ TARGET static INLINE D d_add(D sum, D x, D w) { return _mm256_add_epi32(sum, _mm
 #define INTEGER_CHOOSE(count, units, arguments) \
     (count > 1 ? NAME(integer_tile_4_1) : NAME(integer_tile_1_1)) arguments;
 #include "conv_s8.h"
+#include "sums.h"
 #endif

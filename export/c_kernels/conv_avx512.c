@@ -119,4 +119,5 @@ TARGET static INLINE void d_store(const nn_requantize *q, int channel, D v, int8
     else \
         (count > 4 ? NAME(integer_tile_8_1) : count > 1 ? NAME(integer_tile_4_1) : NAME(integer_tile_1_1)) arguments;
 #include "conv_s8.h"
+#include "sums.h"
 #endif

@@ -13,7 +13,7 @@ TARGET static INLINE V NAME(finish)(const nn_conv *p, V v)
 }
 
 TARGET static INLINE void NAME(tile)(const nn_conv *p, const float *const *in, const float *weights, const float *bias,
-                                     const float *const *add, float *const *out, int left, const int pixels,
+                                     const float *const *add, float *const *out, int channel, const int pixels,
                                      const int vectors)
 {
     const ptrdiff_t next = (ptrdiff_t)p->rows * p->columns * p->length * p->block; /* weights of the next block */
@@ -48,7 +48,7 @@ TARGET static INLINE void NAME(tile)(const nn_conv *p, const float *const *in, c
         }
     for (i = 0; i < pixels; i++)
         for (j = 0; j < vectors; j++) {
-            const int lane = j * LANES, n = left - lane;
+            const int lane = channel + j * LANES, n = p->outputs - lane;
             V v = sum[i][j];
             if (n >= LANES) {
                 if (add)
@@ -65,9 +65,9 @@ TARGET static INLINE void NAME(tile)(const nn_conv *p, const float *const *in, c
 #define TILE(pixels, vectors) \
     TARGET static NOINLINE void NAME(tile_##pixels##_##vectors)( \
         const nn_conv *p, const float *const *in, const float *weights, const float *bias, const float *const *add, \
-        float *const *out, int left) \
+        float *const *out, int channel) \
     { \
-        NAME(tile)(p, in, weights, bias, add, out, left, pixels, vectors); \
+        NAME(tile)(p, in, weights, bias, add, out, channel, pixels, vectors); \
     }
 TILES
 #undef TILE
@@ -76,19 +76,12 @@ TARGET static void NAME(pixels)(const nn_conv *p, const float *const *in, const 
                                 const float *const *add, float *const *out, int count)
 {
     const ptrdiff_t next = (ptrdiff_t)p->rows * p->columns * p->length * p->block;
-    const float *moved[PIXELS];
-    float *to[PIXELS];
-    int c, i, vectors;
+    int c, vectors;
     for (c = 0; c < p->outputs; c += vectors * LANES) {
         const int left = p->outputs - c;
         const float *w = weights + (c / p->block) * next + c % p->block;
-        for (i = 0; i < PIXELS; i++) {
-            to[i] = out[i] + c;
-            if (add)
-                moved[i] = add[i] + c;
-        }
         vectors = left > (VECTORS - 1) * LANES ? VECTORS : 1;
-        CHOOSE(count, vectors, (p, in, w, bias + c, add ? moved : NULL, to, left))
+        CHOOSE(count, vectors, (p, in, w, bias + c, add, out, c))
     }
 }
 
@@ -106,13 +99,20 @@ TARGET void NAME(nn_conv)(const nn_conv *p, const float *in, const float *weight
             const float *added = add ? add + (ptrdiff_t)n * p->add_batch + g * p->outputs : NULL;
             float *end = out + (ptrdiff_t)n * p->out_batch + g * p->outputs;
             filled = 0;
-            for (y = 0; y < p->height; y++)
+            for (y = 0; y < p->height; y++) {
+                const float *x_in = begin + (ptrdiff_t)y * p->in_row;
+                const float *x_add = added ? added + (ptrdiff_t)y * p->add_row : NULL;
+                float *x_out = end + (ptrdiff_t)y * p->out_row;
                 for (x = 0; x < p->width; x++) {
                     const int last = y == p->height - 1 && x == p->width - 1;
-                    from[filled] = begin + (ptrdiff_t)y * p->in_row + (ptrdiff_t)x * p->in_pixel;
-                    to[filled] = end + (ptrdiff_t)y * p->out_row + (ptrdiff_t)x * p->out_pixel;
-                    if (added)
-                        plus[filled] = added + (ptrdiff_t)y * p->add_row + (ptrdiff_t)x * p->add_pixel;
+                    from[filled] = x_in;
+                    to[filled] = x_out;
+                    x_in += p->in_pixel;
+                    x_out += p->out_pixel;
+                    if (added) {
+                        plus[filled] = x_add;
+                        x_add += p->add_pixel;
+                    }
                     filled++;
                     if (filled < PIXELS && !last)
                         continue;
@@ -125,6 +125,7 @@ TARGET void NAME(nn_conv)(const nn_conv *p, const float *in, const float *weight
                     NAME(pixels)(p, from, weights + g * size, bias + g * padded, added ? plus : NULL, to, filled);
                     filled = 0;
                 }
+            }
         }
 }
 

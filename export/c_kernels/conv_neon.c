@@ -139,4 +139,5 @@ static INLINE D d_add(D sum, D x, D w) { return vmlaq_s32(sum, x, w); }
     else \
         (count > 1 ? NAME(integer_tile_4_1) : NAME(integer_tile_1_1)) arguments;
 #include "conv_s8.h"
+#include "sums.h"
 #endif

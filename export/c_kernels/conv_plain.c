@@ -169,3 +169,4 @@ static INLINE void d_store(const nn_requantize *q, int channel, D v, int8_t *out
 #define INTEGER_CHOOSE(count, units, arguments) \
     (count > 1 ? NAME(integer_tile_2_1) : NAME(integer_tile_1_1)) arguments;
 #include "conv_s8.h"
+#include "sums.h"

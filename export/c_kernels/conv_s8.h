@@ -3,7 +3,7 @@
  * (rounding and n values to memory), B holds four inputs for all outputs, i_four. */
 
 TARGET static INLINE void NAME(integer_tile)(const nn_conv *p, const nn_requantize *q, const int8_t *const *in,
-                                             const int8_t *weights, int channel, int8_t *const *out, int left,
+                                             const int8_t *weights, int group, int channel, int8_t *const *out,
                                              const int pixels, const int units)
 {
     const int fours = (p->length + 3) / 4;
@@ -14,7 +14,7 @@ TARGET static INLINE void NAME(integer_tile)(const nn_conv *p, const nn_requanti
     int row, column, k, i, j;
     for (j = 0; j < units; j++) {
         const int lane = j * UNIT;
-        const A start = i_start(q, channel + lane);
+        const A start = i_start(q, group + channel + lane);
         at[j] = weights + (lane / p->block) * next + (ptrdiff_t)(lane % p->block) * 4;
         for (i = 0; i < pixels; i++)
             sum[i][j] = start;
@@ -39,35 +39,32 @@ TARGET static INLINE void NAME(integer_tile)(const nn_conv *p, const nn_requanti
         }
     for (j = 0; j < units; j++)
         for (i = 0; i < pixels; i++) {
-            const int lane = j * UNIT, n = left - lane;
+            const int lane = channel + j * UNIT, n = p->outputs - lane;
             if (n > 0)
-                i_store(q, channel + lane, sum[i][j], out[i] + lane, n < UNIT ? n : UNIT);
+                i_store(q, group + lane, sum[i][j], out[i] + lane, n < UNIT ? n : UNIT);
         }
 }
 
 #define INTEGER_TILE(pixels, units) \
     TARGET static NOINLINE void NAME(integer_tile_##pixels##_##units)( \
-        const nn_conv *p, const nn_requantize *q, const int8_t *const *in, const int8_t *weights, int channel, \
-        int8_t *const *out, int left) \
+        const nn_conv *p, const nn_requantize *q, const int8_t *const *in, const int8_t *weights, int group, \
+        int channel, int8_t *const *out) \
     { \
-        NAME(integer_tile)(p, q, in, weights, channel, out, left, pixels, units); \
+        NAME(integer_tile)(p, q, in, weights, group, channel, out, pixels, units); \
     }
 INTEGER_TILES
 #undef INTEGER_TILE
 
 TARGET static void NAME(integer_pixels)(const nn_conv *p, const nn_requantize *q, const int8_t *const *in,
-                                        const int8_t *weights, int channel, int8_t *const *out, int count)
+                                        const int8_t *weights, int group, int8_t *const *out, int count)
 {
     const ptrdiff_t next = (ptrdiff_t)p->rows * p->columns * ((p->length + 3) / 4) * 4 * p->block;
-    int8_t *to[INTEGER_PIXELS];
-    int c, i, units;
+    int c, units;
     for (c = 0; c < p->outputs; c += units * UNIT) {
         const int left = p->outputs - c;
         const int8_t *w = weights + (c / p->block) * next + (ptrdiff_t)(c % p->block) * 4;
-        for (i = 0; i < INTEGER_PIXELS; i++)
-            to[i] = out[i] + c;
         units = left > (UNITS - 1) * UNIT ? UNITS : 1;
-        INTEGER_CHOOSE(count, units, (p, q, in, w, channel + c, to, left))
+        INTEGER_CHOOSE(count, units, (p, q, in, w, group, c, out))
     }
 }
 
@@ -84,11 +81,15 @@ TARGET void NAME(nn_integer_conv)(const nn_conv *p, const nn_requantize *q, cons
             const int8_t *begin = in + (ptrdiff_t)n * p->in_batch + g * p->inputs;
             int8_t *end = out + (ptrdiff_t)n * p->out_batch + g * p->outputs;
             filled = 0;
-            for (y = 0; y < p->height; y++)
+            for (y = 0; y < p->height; y++) {
+                const int8_t *x_in = begin + (ptrdiff_t)y * p->in_row;
+                int8_t *x_out = end + (ptrdiff_t)y * p->out_row;
                 for (x = 0; x < p->width; x++) {
                     const int last = y == p->height - 1 && x == p->width - 1;
-                    from[filled] = begin + (ptrdiff_t)y * p->in_row + (ptrdiff_t)x * p->in_pixel;
-                    to[filled] = end + (ptrdiff_t)y * p->out_row + (ptrdiff_t)x * p->out_pixel;
+                    from[filled] = x_in;
+                    to[filled] = x_out;
+                    x_in += p->in_pixel;
+                    x_out += p->out_pixel;
                     filled++;
                     if (filled < INTEGER_PIXELS && !last)
                         continue;
@@ -99,6 +100,7 @@ TARGET void NAME(nn_integer_conv)(const nn_conv *p, const nn_requantize *q, cons
                     NAME(integer_pixels)(p, q, from, weights + g * size, g * padded, to, filled);
                     filled = 0;
                 }
+            }
         }
 }
 

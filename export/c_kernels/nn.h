@@ -87,6 +87,12 @@ void nn_copy_32(const nn_walk *w, const void *in, void *out);
 void nn_copy_8(const nn_walk *w, const void *in, void *out);
 void nn_fill_f32(int size, float value, float *out);
 void nn_fill_s8(int size, int value, int8_t *out);
+/* The part of padded images that is around them. */
+typedef struct {
+    int batch, height, width, channels, top, bottom, left, right; /* sizes with the padding */
+} nn_border;
+void nn_border_f32(const nn_border *b, float value, float *out);
+void nn_border_s8(const nn_border *b, int8_t value, int8_t *out);
 void nn_cast(const nn_walk *w, const uint8_t *in, float *out);
 void nn_quantize(const nn_walk *w, float inverse, int zero, int low, int high, const float *in, int8_t *out);
 void nn_dequantize(const nn_walk *w, float scale, int zero, const int8_t *in, float *out);
@@ -95,6 +101,7 @@ void nn_table_s8(const nn_walk *w, const int8_t *table, const int8_t *in, int8_t
 typedef struct {
     int zero_one, zero_two, multiplier_one, multiplier_two, shift, zero, low, high;
 } nn_sum;
+void nn_sum_row(const nn_sum *s, int n, const int8_t *one, const int8_t *two, int8_t *out);
 void nn_sum_s8(const nn_walk *w, const nn_sum *s, const int8_t *one, const int8_t *two, int8_t *out);
 /* ((one - zero_one) · (two - zero_two) · multiplier_one) >> shift */
 void nn_product_s8(const nn_walk *w, const nn_sum *s, const int8_t *one, const int8_t *two, int8_t *out);
