@@ -246,27 +246,38 @@ class _Exact:
         source = base if base in self.twins else _ways(base)[0]
         stored, source_step, source_zero = self.twins[source]
         _, step, zero = _arguments(node)
-        if base in self.twins and (source_step, source_zero) == (step, zero):
-            return stored
+        if base in self.twins:
+            return self._regrid(stored, (source_step, source_zero), (step, zero))
 
         def function(values: Array) -> Array:
-            if base in self.twins:
-                return values
             result: Array = base.target(torch.from_numpy(values), *base.args[1:], **base.kwargs).numpy()  # type: ignore
             return result
 
-        found = self._constant(table(function, (source_step, source_zero), (step, zero)))
-        index = self._call(torch.ops.aten.to.dtype, stored, torch.int64)
-        return self._call(torch.ops.aten.index.Tensor, found, [self._call(torch.ops.aten.add.Tensor, index, -LOW)])
+        return self._looked_up(stored, table(function, (source_step, source_zero), (step, zero)))
 
-    def _move(self, node: Node, base: Node, limits: tuple[int, int], slope: float) -> Node | None:
-        """What only moves values moves integers, where its result is on the grid of what it reads."""
+    def _looked_up(self, stored: Node, found: Array) -> Node:
         import torch
 
+        index = self._call(torch.ops.aten.to.dtype, stored, torch.int64)
+        places = [self._call(torch.ops.aten.add.Tensor, index, -LOW)]
+        return self._call(torch.ops.aten.index.Tensor, self._constant(found), places)
+
+    def _regrid(self, stored: Node, source: tuple[float, int], target: tuple[float, int]) -> Node:
+        """Integers on another grid."""
+        if source == target:
+            return stored
+        return self._looked_up(stored, table(lambda values: values, source, target))
+
+    def _move(self, node: Node, base: Node, limits: tuple[int, int], slope: float) -> Node:
+        """What only moves values moves integers, on the grid of what it reads."""
         stored, source_step, source_zero = self.twins[_ways(base)[0]]
         _, step, zero = _arguments(node)
-        if (source_step, source_zero) != (step, zero):
-            return None
+        moved = self._moved(stored, base, source_step, source_zero)
+        return self._regrid(moved, (source_step, source_zero), (step, zero))
+
+    def _moved(self, stored: Node, base: Node, step: float, zero: int) -> Node:
+        import torch
+
         args: Any = base.args[1:]
         filler = _filler(word(base), args)
         if filler is not None:
@@ -283,14 +294,8 @@ class _Exact:
         _, step, zero = _arguments(node)
         parts = []
         for way in base.args[0]:  # type: ignore[union-attr]
-            stored, source_step, source_zero = self.twins[way]  # type: ignore[index]
-            if (source_step, source_zero) != (step, zero):
-                found = self._constant(table(lambda values: values, (source_step, source_zero), (step, zero)))
-                index = self._call(torch.ops.aten.to.dtype, stored, torch.int64)
-                stored = self._call(
-                    torch.ops.aten.index.Tensor, found, [self._call(torch.ops.aten.add.Tensor, index, -LOW)]
-                )
-            parts.append(stored)
+            stored, *grid = self.twins[way]  # type: ignore[index]
+            parts.append(self._regrid(stored, (grid[0], int(grid[1])), (step, zero)))
         return self._call(torch.ops.aten.cat.default, parts, *base.args[1:])
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
