@@ -85,12 +85,12 @@ class _Exact:
         """Give a quantize operator an integer form, if what it rounds has one."""
         source: Any = node.args[0]
         limits, slope, base = self._activation(node, source)
-        maker = self._makers().get(word(base))
+        maker = self._clip if base in self.twins else self._makers().get(word(base))
         if maker is None or not all(self._twin(way) for way in _ways(base)):
             return
         plain = limits == (LOW, HIGH) and slope == 1
         with self.module.graph.inserting_before(node):
-            made = maker(node, base, limits, slope) if plain or word(base) in _LIMITED else None
+            made = maker(node, base, limits, slope) if plain or base in self.twins or word(base) in _LIMITED else None
         if made is not None:
             node.replace_all_uses_with(made)
             self.module.graph.erase_node(node)
@@ -98,7 +98,7 @@ class _Exact:
     def _makers(self) -> dict[str, Callable[..., Node | None]]:
         return {
             **dict.fromkeys(CONVOLUTIONS | {"linear"}, self._weighted), **dict.fromkeys(ADDITIONS | {"sub"}, self._sum),
-            **dict.fromkeys(MEANS, self._mean), **dict.fromkeys(TABLES | {"dequantize_per_tensor"}, self._table),
+            **dict.fromkeys(MEANS, self._mean), **dict.fromkeys(TABLES, self._table),
             **dict.fromkeys(MOVES | COMPARES, self._move), "cat": self._cat, "mul": self._product,
         }  # fmt: skip
 
@@ -243,17 +243,23 @@ class _Exact:
         """Any function of single values."""
         import torch
 
-        source = base if base in self.twins else _ways(base)[0]
-        stored, source_step, source_zero = self.twins[source]
+        stored, source_step, source_zero = self.twins[_ways(base)[0]]
         _, step, zero = _arguments(node)
-        if base in self.twins:
-            return self._regrid(stored, (source_step, source_zero), (step, zero))
 
         def function(values: Array) -> Array:
             result: Array = base.target(torch.from_numpy(values), *base.args[1:], **base.kwargs).numpy()  # type: ignore
             return result
 
         return self._looked_up(stored, table(function, (source_step, source_zero), (step, zero)))
+
+    def _clip(self, node: Node, base: Node, limits: tuple[int, int], slope: float) -> Node | None:
+        """A rounded value on another grid, between limits."""
+        stored, *grid = self.twins[base]
+        source, target = (grid[0], int(grid[1])), _arguments(node)[1:]
+        if limits == (LOW, HIGH) and source == target:
+            return stored
+        found = table(lambda values: values, source, target)
+        return self._looked_up(stored, np.clip(found, *limits)) if slope == 1 else None
 
     def _looked_up(self, stored: Node, found: Array) -> Node:
         import torch

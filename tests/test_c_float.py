@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -190,14 +191,12 @@ def test_a_trace_shows_every_step_and_names_a_seeded_fault(residual: Graph, tmp_
     steps = engine().trace(artifact, given)
     assert len(steps) == sum(artifact.manifest.census["operators"].values())
     assert first_divergence(simulation, given, steps).node is None
-    module = residual.program.module(check_guards=False)
+    module = copy.deepcopy(residual.program.module(check_guards=False))  # parameters are shared else
     with torch.no_grad():
         module.get_parameter("layer2.1.conv1.weight")[3, 2, 1, 1] += 1.0
     other, _ = write(recapture(residual, module), tmp_path / "broken")
     found = first_divergence(simulation, given, engine().trace(other, given))
     assert found.layer == "layer2.1.conv1"
-    with torch.no_grad():
-        module.get_parameter("layer2.1.conv1.weight")[3, 2, 1, 1] -= 1.0
 
 
 def test_pictures_with_their_preprocessing_baked_in(tmp_path: Path) -> None:

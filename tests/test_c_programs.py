@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from torch import nn  # noqa: E402
 from _c_files import Network, captured, drawn, engine, write  # noqa: E402
 from edgepack.artifact import Artifact  # noqa: E402
 from edgepack.export._c_files import kernels, sanitized  # noqa: E402
-from edgepack.graph import run_graph  # noqa: E402
+from edgepack.graph import capture, run_graph  # noqa: E402
+from edgepack.task import Input, Task  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 STRICT = ("-std=c99", "-pedantic", "-Wall", "-Wextra", "-Wconversion", "-Werror")
@@ -122,6 +124,15 @@ def test_nothing_is_allocated_and_only_the_library_of_c_is_read(artifact: Artifa
 @pytest.mark.parametrize("name, word", [("model", "model"), ("My Net-20", "my_net_20"), ("3x", "m_3x"), ("é", "m")])
 def test_names_become_words_of_c(name: str, word: str) -> None:
     assert sanitized(name) == word
+
+
+def test_the_example_fits_the_header_that_its_recipe_makes(tmp_path: Path) -> None:
+    example = Path(__file__).parents[1] / "examples" / "c"
+    item = Input("input", (1, 1, 8, 8))
+    graph = capture(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval(), Task((item,)))
+    write(graph, tmp_path / "c", prefix=tomllib.loads((example / "edgepack.toml").read_text())["export"][0]["prefix"])
+    words = ["cc", "-fsyntax-only", *STRICT, "-I", str(tmp_path / "c"), str(example / "main.c")]
+    subprocess.run(words, check=True)
 
 
 @pytest.mark.slow

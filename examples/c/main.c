@@ -4,9 +4,9 @@
 
 int main(void)
 {
-    static float pixels[DIGITS_X_SIZE], scores[DIGITS_OUTPUT_SIZE];
+    static float pixels[DIGITS_INPUT_SIZE], scores[DIGITS_OUTPUT_SIZE];
     int i, best = 0;
-    for (i = 0; i < DIGITS_X_SIZE; i++) {
+    for (i = 0; i < DIGITS_INPUT_SIZE; i++) {
         if (scanf("%f", &pixels[i]) != 1)
             return 2;
         pixels[i] = (pixels[i] / 16.0f - 0.5f) / 0.5f;
