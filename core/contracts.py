@@ -187,7 +187,10 @@ class Exporter(Part):
 
     @abstractmethod
     def write(self, simulation: Graph, folder: Path) -> Census:
-        """Write the model files into an empty folder and re-read them. Raises Unsupported, StorageError."""
+        """Write the model files into a folder that holds ``golden.npz`` at most, and re-read them.
+
+        Raises Unsupported, StorageError.
+        """
 
 
 @dataclass(frozen=True)

@@ -168,8 +168,8 @@ class _Stage:
         simulation = exporter.lower(graph, source.plan)
         golden = _golden(source, graph, simulation)
         with replacing(folder) as temporary:
-            census = exporter.write(simulation, temporary)
             golden.save(temporary / GOLDEN)
+            census = exporter.write(simulation, temporary)
             seconds = round(time.perf_counter() - began, 3)
             step = {"part": exporter.format, "options": parts.options_of(exporter), "seconds": seconds, **_said(choice)}
             manifest = Manifest(

@@ -1,0 +1,172 @@
+/* Convolutions in plain C: four outputs side by side stand for a vector. Right everywhere; for Cortex-M and the like. */
+#include "nn.h"
+#include "levels.h"
+#include <math.h>
+#include <string.h>
+
+#define NAME(x) x##_plain
+#define TARGET
+#ifdef __GNUC__
+#define INLINE inline __attribute__((always_inline))
+#else
+#define INLINE inline
+#endif
+#define NOINLINE
+#define LANES 4
+#define PIXELS 2
+#define VECTORS 1
+
+typedef struct {
+    float a, b, c, d;
+} V;
+
+static INLINE float multiply_add(float a, float b, float c)
+{
+#ifdef FP_FAST_FMAF
+    return fmaf(a, b, c); /* what vectors do on the same processor */
+#else
+    return a * b + c;
+#endif
+}
+
+static INLINE V v_load(const float *p)
+{
+    const V v = {p[0], p[1], p[2], p[3]};
+    return v;
+}
+
+static INLINE V v_some(const float *p, int n)
+{
+    const V v = {p[0], n > 1 ? p[1] : 0.0f, n > 2 ? p[2] : 0.0f, 0.0f};
+    return v;
+}
+
+static INLINE void v_store(float *p, V v)
+{
+    p[0] = v.a;
+    p[1] = v.b;
+    p[2] = v.c;
+    p[3] = v.d;
+}
+
+static INLINE void v_keep(float *p, V v, int n)
+{
+    p[0] = v.a;
+    if (n > 1)
+        p[1] = v.b;
+    if (n > 2)
+        p[2] = v.c;
+}
+
+static INLINE V v_set(float x)
+{
+    const V v = {x, x, x, x};
+    return v;
+}
+
+#define EACH(name, expression) \
+    static INLINE float name##_one(float x, float y) { return expression; } \
+    static INLINE V name(V v, V w) \
+    { \
+        const V r = {name##_one(v.a, w.a), name##_one(v.b, w.b), name##_one(v.c, w.c), name##_one(v.d, w.d)}; \
+        return r; \
+    }
+EACH(v_add, x + y)
+EACH(v_mul, x * y)
+EACH(v_max, x > y ? x : y)
+EACH(v_min, x < y ? x : y)
+
+static INLINE V v_fma(V x, V y, V z)
+{
+    const V r = {multiply_add(x.a, y.a, z.a), multiply_add(x.b, y.b, z.b), multiply_add(x.c, y.c, z.c),
+                 multiply_add(x.d, y.d, z.d)};
+    return r;
+}
+
+#define TILES TILE(2, 1) TILE(1, 1)
+#define CHOOSE(count, vectors, arguments) (count > 1 ? NAME(tile_2_1) : NAME(tile_1_1)) arguments;
+#include "conv_f32.h"
+
+#include "rounding.h"
+
+#define UNIT 4
+#define UNITS 1
+#define INTEGER_PIXELS 2
+#define D_LANES 4
+
+typedef struct {
+    int32_t a, b, c, d;
+} A;
+typedef A B;
+typedef const int8_t *W;
+typedef A D;
+
+static INLINE A i_start(const nn_requantize *q, int channel)
+{
+    const int32_t *p = q->bias + channel;
+    const A v = {p[0], p[1], p[2], p[3]};
+    return v;
+}
+
+static INLINE W i_weights(const int8_t *p) { return p; }
+
+static INLINE B i_four(const int8_t *p)
+{
+    const B v = {p[0], p[1], p[2], p[3]};
+    return v;
+}
+
+static INLINE int32_t four(int32_t sum, B x, const int8_t *w)
+{
+    return sum + x.a * w[0] + x.b * w[1] + x.c * w[2] + x.d * w[3];
+}
+
+static INLINE A i_dot(A sum, B x, W w)
+{
+    const A v = {four(sum.a, x, w), four(sum.b, x, w + 4), four(sum.c, x, w + 8), four(sum.d, x, w + 12)};
+    return v;
+}
+
+static INLINE void i_store(const nn_requantize *q, int channel, A v, int8_t *out, int n)
+{
+    out[0] = nn_rounded(q, channel, v.a);
+    if (n > 1)
+        out[1] = nn_rounded(q, channel + 1, v.b);
+    if (n > 2)
+        out[2] = nn_rounded(q, channel + 2, v.c);
+    if (n > 3)
+        out[3] = nn_rounded(q, channel + 3, v.d);
+}
+
+static INLINE D d_some(int32_t a, int32_t b, int32_t c, int32_t d)
+{
+    const D v = {a, b, c, d};
+    return v;
+}
+
+static INLINE D d_start(const nn_requantize *q, int channel, int n)
+{
+    const int32_t *p = q->bias + channel;
+    return d_some(p[0], n > 1 ? p[1] : 0, n > 2 ? p[2] : 0, n > 3 ? p[3] : 0);
+}
+
+static INLINE D d_load(const int8_t *p, int n)
+{
+    return d_some(p[0], n > 1 ? p[1] : 0, n > 2 ? p[2] : 0, n > 3 ? p[3] : 0);
+}
+
+static INLINE D d_add(D sum, D x, D w)
+{
+    return d_some(sum.a + x.a * w.a, sum.b + x.b * w.b, sum.c + x.c * w.c, sum.d + x.d * w.d);
+}
+
+static INLINE void d_store(const nn_requantize *q, int channel, D v, int8_t *out, int n)
+{
+    i_store(q, channel, v, out, n);
+}
+
+#define INTEGER_TILES INTEGER_TILE(2, 1) INTEGER_TILE(1, 1)
+#define INTEGER_CHOOSE(count, units, arguments) \
+    (count > 1 ? NAME(integer_tile_2_1) : NAME(integer_tile_1_1)) arguments;
+#include "conv_s8.h"
+#include "sums.h"
