@@ -67,8 +67,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     made = tmp_path_factory.mktemp("tflite-dynamic")
     task = Task((Input("x", (1, 3, 16, 16), layout="NCHW"),), calibration=Samples(VALUES))  # type: ignore[arg-type]
-    options = {"equalize": False, "explain": False, "activations": "dynamic"}
-    compress(Transformer().eval(), task, [Quantize(**options)], made, Silent())
+    plain = Quantize(activations="dynamic", equalize=False, explain=False, bias_correct=False, rounding="nearest")
+    compress(Transformer().eval(), task, [plain], made, Silent())
     return made
 
 
