@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 MODEL = "model.pt2"
 NUDGE = 2.0**-22
+ROUNDING = ("quantized_decomposed.quantize_per_t", "quantized_decomposed.choose_qparams")  # of a tensor, of a token
 
 
 def capture(module: nn.Module, task: Task) -> Graph:
@@ -91,7 +92,7 @@ def nudged(graph: Graph) -> Graph:
 
     module = graph.program.module(check_guards=False)
     for node in list(module.graph.nodes):
-        if str(node.target).startswith("quantized_decomposed.quantize_per_tensor"):
+        if str(node.target).startswith(ROUNDING):
             with module.graph.inserting_before(node):
                 wave = module.graph.call_function(torch.ops.aten.sin.default, (node.args[0],), {})
                 wave = module.graph.call_function(torch.ops.aten.mul.Tensor, (wave, NUDGE), {})

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 ON_GRID = 0.02  # of a step; how far a float tensor of the file may be from the grid it is said to be on
 FOUND = "quantized_decomposed.quantize_per_tensor.tensor"  # in a range found at run time
 PRODUCT_DB = 60.0  # of a product of rows rounded at run time; values that rounded the other way leave it above 70
+WEIGHTED = ("aten.linear", "aten.conv2d")
+RELUS = ("aten.relu", "aten.hardtanh")
 QUANTIZE = ("quantized_decomposed.quantize_per_tensor.default", FOUND)
 
 
@@ -68,7 +70,7 @@ def _walk(module: GraphModule, inputs: Sequence[Array], comparison: _Comparison)
     class Walk(torch.fx.Interpreter):
         def run_node(self, n: Node) -> Any:
             result = super().run_node(n)
-            if _reads_rounded_rows(n):
+            if _product(n):
                 return comparison.product(n, result)
             if str(n.target) not in QUANTIZE:
                 return result
@@ -78,9 +80,20 @@ def _walk(module: GraphModule, inputs: Sequence[Array], comparison: _Comparison)
         return Walk(module).run(*map(torch.from_numpy, inputs))
 
 
+def _product(node: Node) -> bool:
+    """Whether a value is a product of what is rounded at run time, or the ReLU that engines compute in one with it."""
+    if _relu(node):
+        return _reads_rounded_rows(node.all_input_nodes[0])
+    return _reads_rounded_rows(node) and not any(map(_relu, node.users))
+
+
+def _relu(node: Node) -> bool:
+    return str(node.target).startswith(RELUS)
+
+
 def _reads_rounded_rows(node: Node) -> bool:
-    """Whether a linear layer reads what is rounded row by row at run time, which engines do inside the product."""
-    if not str(node.target).startswith("aten.linear"):
+    """Whether an operator reads what is rounded row by row at run time, which engines do inside the product."""
+    if not str(node.target).startswith(WEIGHTED):
         return False
     source: Any = node.args[0]
     return any("dequantize_per_token" in str(one.target) for one in (source, *source.all_input_nodes))
@@ -140,12 +153,16 @@ class _Comparison:
         return torch.from_numpy(np.ascontiguousarray(whole))
 
     def product(self, node: Node, computed: Tensor) -> Tensor:
-        """The file's result of a product whose rounding no engine shows; notes a fault where it is another product."""
+        """The file's result of a product whose rounding no engine shows; notes a fault where it is another product.
+
+        Converters move factors that follow a product into its weights, those of attention for one: what the file holds
+        may be a multiple. Were that multiple wrong, what is computed with it next would be as well.
+        """
         import torch
 
         wanted = computed.numpy()
-        levels = [(_level(array, wanted), place, step, array)
-                  for place, (step, array) in enumerate(self.file.shaped(wanted.shape))]  # fmt: skip
+        views = [(step, _scaled(array, wanted)) for step, array in self.file.shaped(wanted.shape)]
+        levels = [(_level(array, wanted), place, step, array) for place, (step, array) in enumerate(views)]
         if self.found.fault is not None or not levels:
             self.found.absent += self.found.fault is None
             return computed
@@ -164,6 +181,14 @@ class _Comparison:
             if whole is not None:
                 found.append((float(np.abs(whole.astype(np.int32) - wanted).mean()), step, whole))
         return min(found, key=lambda entry: entry[0])[1:] if found else None
+
+
+def _scaled(value: Array, wanted: Array) -> Array:
+    """The multiple of a tensor that is nearest to another."""
+    if value.dtype.kind != "f" or not value.any():
+        return value
+    factor = float(np.vdot(value, wanted) / np.vdot(value, value))
+    return value if abs(factor - 1) < FLOAT_LIMIT else value * np.float32(factor)
 
 
 def _level(value: Array, wanted: Array) -> float:

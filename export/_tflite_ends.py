@@ -1,4 +1,4 @@
-"""What stays float: convolutions at the ends, which take little time and whose errors go everywhere, and some sums."""
+"""What stays float: early and last convolutions that take little time and whose errors go everywhere, some sums."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgepack.export._alignment import word
 from edgepack.export._dialects import _groups
-from edgepack.export._integer_dialect import ADDITIONS
+from edgepack.export._integer_dialect import ADDITIONS, narrow_depthwise
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -17,7 +17,8 @@ NOTICED = 4 / 255  # of the range of a sum that those of its parts are long, at 
 
 def stays_float(node: Node) -> bool:
     """Whether a weighted operator is left in float."""
-    return image_convolution(node) or skip_into(node) is not None or skipping(node) is not None
+    early = image_convolution(node) or narrow_depthwise(node)
+    return early or skip_into(node) is not None or skipping(node) is not None
 
 
 def image_convolution(node: Node) -> bool:

@@ -15,7 +15,7 @@ from edgepack.contracts import Graph
 from edgepack.errors import ParityError, require
 from edgepack.export._alignment import aligned, word
 from edgepack.export._dialects import _assign, _attribute, _groups, retrace
-from edgepack.export._integer_dialect import ADDITIONS, CONVOLUTIONS, LEAKY, RELUS, Dialect
+from edgepack.export._integer_dialect import ADDITIONS, CONVOLUTIONS, LEAKY, RELUS, Dialect, narrow_depthwise
 from edgepack.export._qdq import quantized
 from edgepack.export._tflite_copies import with_copies
 from edgepack.export._tflite_ends import image_convolution, skip_into, stays_float
@@ -152,7 +152,7 @@ def choices(simulation: Graph, weights: Sequence[Weight]) -> list[str]:
     static = sum(weight.readers for weight in weights if weight.form == "static")
     floating = [node for node in simulation.program.graph.nodes
                 if word(node) == "conv2d" and node.args[1].op in ("get_attr", "placeholder")]  # fmt: skip
-    image = sum(map(image_convolution, floating))
+    image, narrow = (sum(map(kind, floating)) for kind in (image_convolution, narrow_depthwise))
     ends = sum(skip_into(node) is not None for node in floating)
     notes = []
     if simulation.dialect == TFLITE.forms["dynamic"] and static:
@@ -162,6 +162,8 @@ def choices(simulation: Graph, weights: Sequence[Weight]) -> list[str]:
         )
     if simulation.dialect in DIALECTS and image:
         notes.append(f"{image} convolution{'s' * (image > 1)} with few channels of an image in float")
+    if simulation.dialect in DIALECTS and narrow:
+        notes.append(f"{narrow} depthwise convolution{'s' * (narrow > 1)} with few channels in float")
     if simulation.dialect in DIALECTS and ends:
         notes.append("the first and the last convolution and the sum that joins them in float, for the image's sake")
     return notes

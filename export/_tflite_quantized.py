@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from edgepack.export._tflite_concatenations import join_by_fives
 from edgepack.export._tflite_ends import drowned
 from edgepack.export._tflite_file import used_only
 from edgepack.export._tflite_model import Model
@@ -62,6 +63,7 @@ class _Rewriter:
         for operator in list(self.file.main.operators):
             self._visit(operator)
         self._drop_dead()
+        join_by_fives(self.file)
         used_only(self.file.model)
 
     def _quantize_earlier(self) -> bool:

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgepack.contracts import INTEGERS, Arrays, Runtime, Session, Step
-from edgepack.errors import InputError, MissingExtra, Unsupported, require
+from edgepack.errors import InputError, MissingExtra, require
 from edgepack.runtimes._inputs import Gate
 from edgepack.versions import installed
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from edgepack.artifact import Artifact
 
 DELEGATE = "DELEGATE"
-FOUND_AT_RUN_TIME = "d8"
 OUTPUTS = 8  # of a subgraph's table in the schema
 PACKAGES = {"ai-edge-litert": "ai_edge_litert", "tflite-runtime": "tflite_runtime"}
 
@@ -46,8 +45,6 @@ class Tflite(Runtime):
         return _Session(self._interpreter(artifact, threads, self.xnnpack), artifact)
 
     def trace(self, artifact: Artifact, inputs: Arrays) -> list[Step]:
-        if artifact.manifest.dialect.startswith(FOUND_AT_RUN_TIME):
-            raise Unsupported("LiteRT does not show what it rounds at run time")
         if self.xnnpack and artifact.manifest.dialect.startswith(INTEGERS):
             interpreter = self._showing(artifact)
         else:

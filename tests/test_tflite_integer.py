@@ -44,9 +44,9 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm = nn.Conv2d(5, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.depthwise, self.point = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)
-        self.down, self.last = nn.Conv2d(8, 12, 3, 2, 1), nn.Linear(20, 6)
+        self.first, self.norm = nn.Conv2d(5, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.depthwise, self.point = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 16, 1)
+        self.down, self.last = nn.Conv2d(16, 20, 3, 2, 1), nn.Linear(36, 6)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm(self.first(x)))
@@ -217,6 +217,22 @@ def test_a_narrow_convolution_of_an_image_stays_float(tmp_path: Path, channels: 
     assert manifest.census["weight_bytes"].get("float32", 0) == left
     assert manifest.census["operators"]["QUANTIZE"] == 1
     assert ("1 convolution with few channels of an image in float" in manifest.census["notes"]) == stays
+    assert manifest.census["notes"][-1].endswith("in 1 partition")
+
+
+@pytest.mark.parametrize("channels", [15, 16])
+def test_a_narrow_depthwise_convolution_stays_float(tmp_path: Path, channels: int) -> None:
+    torch.manual_seed(0)
+    depthwise = nn.Conv2d(channels, channels, 3, groups=channels)
+    module = nn.Sequential(nn.Conv2d(5, channels, 1), nn.ReLU(), depthwise, nn.ReLU(), nn.Conv2d(channels, 4, 1))
+    compressed(tmp_path, module)
+    manifest = export(tmp_path, [Tflite()], Silent())[0].artifact.manifest
+    left = channels < 16
+    assert manifest.parity.status == "checked"
+    assert manifest.census is not None
+    assert manifest.census["weight_bytes"].get("float32", 0) == left * 4 * channels * 10
+    assert manifest.census["operators"]["QUANTIZE"] == 1 + left
+    assert ("1 depthwise convolution with few channels in float" in manifest.census["notes"]) == left
     assert manifest.census["notes"][-1].endswith("in 1 partition")
 
 
