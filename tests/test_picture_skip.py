@@ -35,18 +35,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:F
 class Sharpen(nn.Module):
     """Super-resolution: corrections, here of a thousandth, are added to features of the picture itself."""
 
-    def __init__(self, last: int = 12, between: bool = False) -> None:
+    def __init__(self, last: int = 12, between: bool = False, block: bool = False) -> None:
         super().__init__()
         self.first, self.body = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)
         self.last = nn.Conv2d(24, last, 3, padding=1)
-        self.between = between
+        self.between, self.block = between, block
         with torch.no_grad():
             for parameter in self.body.parameters():
                 parameter.mul_(1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
-        y = self.body(y) + y
+        inner = F.relu(self.body(y)) + y if self.block else y
+        y = self.body(inner) + y
         return F.pixel_shuffle(self.last(F.relu(y) if self.between else y), 2)
 
 
@@ -92,6 +93,20 @@ def test_nothing_of_the_picture_is_rounded_on_its_way(made: tuple[Path, Source],
         session.close()
     near = sqnr_db(found, run_graph(made[1].graph, {"x": x})["output"])
     assert near is None or near > 75  # one value rounded in 8 bits on the way: about 45
+
+
+def test_onnx_runtime_adds_to_integers_where_other_sums_read_the_picture(tmp_path: Path) -> None:
+    """A float convolution would leave channels first, and every sum behind it with them."""
+    made = source(tmp_path, Sharpen(block=True))
+    simulation = quantized(made.graph, made.plan, ONNX_RUNTIME)
+    assert planned_integer(simulation) == {"conv2d": 3}  # the first, which a fourth one computes in float, and two
+    artifact = export(tmp_path, [Onnx()], Silent())[0].artifact
+    assert artifact.manifest.census is not None
+    assert artifact.manifest.census["notes"][0].endswith("3 QLinearConv; in float, where they serve better: 2 Conv")
+    assert artifact.manifest.census["operators"]["Conv"] == 5
+    x = {"x": images(1)}
+    assert (sqnr_db(run_graph(simulation, x)["output"], run_graph(made.graph, x)["output"]) or 99) > 75
+    assert planned_integer(quantized(made.graph, made.plan, OPENVINO)) == {"conv2d": 2}
 
 
 @pytest.mark.parametrize("module", [Sharpen(last=20), Sharpen(between=True)], ids=["features", "relu"])
