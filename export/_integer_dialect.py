@@ -50,6 +50,8 @@ class Dialect:
             costs the network more than so small an operator can bring.
         detour: sums an engine computes in one with the weighted operator before them, whose result stays float; only
             what comes another way is quantized.
+        twins: the first convolution of a skip is computed twice where other sums read it as well: in float for the one
+            that stays float, in integers for the rest.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Dialect:
     split: frozenset[str] = frozenset()
     slow: Callable[[Node], bool] = lambda node: False
     detour: frozenset[str] = frozenset()
+    twins: bool = False
 
     @property
     def forms(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgepack.errors import MissingExtra, ParityError, require
 from edgepack.export._alignment import word
-from edgepack.export._dialects import _groups
+from edgepack.export._ends import IMAGE, channels, skip_sum
 from edgepack.export._integer_dialect import (
     ADDITIONS,
     CONVOLUTIONS,
@@ -30,23 +30,21 @@ if TYPE_CHECKING:
     import onnx
     from edgepack.contracts import Graph
 
-IMAGE = 4  # channels at most
 ROUNDINGS = frozenset({"quantized_decomposed"})
 
 
 def _slow(node: Node) -> bool:
-    """Whether a convolution reads an image and gives few channels, or is a narrow depthwise one.
+    """Whether a convolution reads an image and gives few channels, is a narrow depthwise one, or ends a skip.
 
     The integer kernels want channels last and unfold patches: the image is turned around first, and three channels
     fill no vector. Measured on x86 with one thread: such first layers take 1.2 to 2.5 times as long in integers as in
     float, those of 64 channels two thirds. But a float convolution leaves channels first, and where a sum reads that,
     all sums behind it stay so: ONNX Runtime then turns the values around before and after every layer.
     """
-    if word(node) != "conv2d" or _groups(node) != 1:
-        return narrow_depthwise(node)
-    weight: Any = node.args[1]
-    rows, columns = weight.meta["val"].shape[:2]
-    return bool(columns <= IMAGE and rows <= 32) and not _summed(node)
+    if narrow_depthwise(node) or skip_sum(node) is not None:
+        return True
+    rows, columns = channels(node)
+    return 0 < columns <= IMAGE and rows <= 32 and not _summed(node)
 
 
 def _summed(node: Node) -> bool:
@@ -62,6 +60,7 @@ ONNX_RUNTIME = Dialect(
     every_output=CONVOLUTIONS,
     split=SILU,
     slow=_slow,
+    twins=True,  # see _slow: the sums behind a float one have channels first
     both=NORMS,
     float_bias=frozenset({"matmul"}),  # an int32 one would be made float in every run
     dynamic=frozenset({"linear"}),

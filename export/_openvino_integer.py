@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepack.errors import ParityError
+from edgepack.export._ends import skip_sum
 from edgepack.export._integer_dialect import CONVOLUTIONS, LEAKY, NORMS, PRODUCTS, RELUS, Dialect
 from edgepack.export._qdq import planned_integer
 
@@ -20,6 +21,7 @@ OPENVINO = Dialect(
     integer=frozenset(),
     both=NORMS,
     float_bias=CONVOLUTIONS | PRODUCTS,
+    slow=lambda node: skip_sum(node) is not None,
 )
 KINDS = {"conv": ("Convolution", "GroupConvolution"), "linear": ("MatMul",)}
 RUN = {"conv": ("Convolution",), "linear": ("FullyConnected", "MatMul")}

@@ -17,7 +17,8 @@ from edgepack.contracts import Graph
 from edgepack.errors import InputError, Unsupported
 from edgepack.export._alignment import PASSING, aligned, floats, kind_of, word
 from edgepack.export._dialects import _assign, _attribute, _drop_unused, retrace
-from edgepack.export._integer_dialect import CONVOLUTIONS, MULTIPLICATIONS, SIGMOID, Dialect, Grid
+from edgepack.export._ends import skip_sum
+from edgepack.export._integer_dialect import ADDITIONS, CONVOLUTIONS, MULTIPLICATIONS, SIGMOID, Dialect, Grid
 from edgepack.export._products import drop_ones, split_silu
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class _Writer:
     grids: dict[Node, Grid] = field(default_factory=dict)
     added: dict[Node, Mapping[str, Any]] = field(default_factory=dict)
     slow: set[Node] = field(default_factory=set)
+    exact: set[Node] = field(default_factory=set)
 
     def run(self) -> None:
         for node in [node for node in self.names if word(node) in self.dialect.split]:
@@ -66,6 +68,7 @@ class _Writer:
         for node in [node for node in products if drop_ones(self.module, node, PASSING)]:
             del self.names[node]
         self.slow = {node for node in self.names if "weight" in self._entry(node) and self.dialect.slow(node)}
+        self._keep_skips()
         self._mark()
         pairs = {node: self._quantize(node, grid) for node, grid in self.grids.items()}
         shared: dict[tuple[str, str], Node] = {}
@@ -129,6 +132,23 @@ class _Writer:
         self.names[product] = self.names[factor] = self.names.pop(node)
         self.added[factor] = SIGMOID
 
+    def _keep_skips(self) -> None:
+        """Leave what a picture passes on its way past the network in float."""
+        static = [node for node in self.slow if self._activations(node) == "static"]
+        ends = {node: added for node in static if (added := skip_sum(node)) is not None}
+        self.exact = {*ends, *ends.values()}
+        for node, added in ends.items():
+            if self.dialect.twins and sum(word(user) in ADDITIONS for user in node.users) > 1:
+                self._twin(node, added)
+
+    def _twin(self, node: Node, added: Node) -> None:
+        """Compute an operator once more, for all readers but one."""
+        with self.module.graph.inserting_after(node):
+            twin = self.module.graph.node_copy(node)
+        self.names[twin] = self.names[node]
+        for user in [user for user in node.users if user is not added]:
+            user.replace_input_with(node, twin)
+
     def _mark(self) -> None:
         """Choose which results are quantized, in the order of computation."""
         for node in list(self.module.graph.nodes):
@@ -142,7 +162,7 @@ class _Writer:
                     self._mark_result(node)
             elif word(node) in self.dialect.detour:
                 self._mark_detour(node)
-            elif "float" in self._entry(node):
+            elif "float" in self._entry(node) or node in self.exact:
                 continue
             elif word(node) in self.dialect.integer and all(self._integer(source) for source in floats(node)):
                 for source in floats(node):
@@ -199,9 +219,9 @@ class _Writer:
 
     def _reads_integers(self, user: Node, node: Node) -> bool:
         """Whether a reader of a quantized value takes what was rounded."""
-        if word(node) not in self.dialect.both:
-            return True
-        return self._static(user)
+        if word(node) in self.dialect.both:
+            return self._static(user)
+        return user not in self.exact or self._static(node)
 
     def _store(self, node: Node, pairs: Mapping[Node, Node], shared: dict[tuple[str, str], Node]) -> None:
         """Weight and bias of one operator as integers."""

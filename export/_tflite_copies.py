@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from edgepack.export._alignment import PASSING, aligned, word
 from edgepack.export._dialects import retrace
+from edgepack.export._ends import skipping
 from edgepack.export._integer_dialect import ADDITIONS
-from edgepack.export._tflite_ends import drowned, skipping
+from edgepack.export._tflite_ends import drowned
 
 if TYPE_CHECKING:
     from torch.fx import Node

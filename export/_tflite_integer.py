@@ -15,10 +15,11 @@ from edgepack.contracts import Graph
 from edgepack.errors import ParityError, require
 from edgepack.export._alignment import aligned, word
 from edgepack.export._dialects import _assign, _attribute, _groups, retrace
+from edgepack.export._ends import skip_into
 from edgepack.export._integer_dialect import ADDITIONS, CONVOLUTIONS, LEAKY, RELUS, Dialect, narrow_depthwise
 from edgepack.export._qdq import quantized
 from edgepack.export._tflite_copies import with_copies
-from edgepack.export._tflite_ends import image_convolution, skip_into, stays_float
+from edgepack.export._tflite_ends import image_convolution, stays_float
 from edgepack.export._tflite_file import constant
 from edgepack.export._tflite_quantized import WEIGHTED
 from edgepack.export._tflite_ranges import harmonized, with_slopes
