@@ -40,7 +40,7 @@ VALUES = np.random.default_rng(0).standard_normal((24, 3, 8, 8)).astype(np.float
 class Small(nn.Module):
     """A residual sum, a depthwise and a transposed way to it, a leaky ReLU, a linear layer."""
 
-    def __init__(self, width: int = 8) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.first, self.norm = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
         self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)

@@ -255,7 +255,7 @@ def test_stops_without_a_better_epoch_and_keeps_the_best(tmp_path: Path, teacher
 
 def test_a_time_budget_ends_it(tmp_path: Path, teacher: nn.Module) -> None:
     run = job(tmp_path, teacher, task())
-    tune(shaken(teacher), task(), run, Tune(epochs=1000, batch=32, minutes=1e-4))
+    tune(shaken(teacher), task(), run, Tune(epochs=1000, batch=32, minutes=1e-9))
     assert run.findings["tune"]["ended"] == "the time budget"
     assert run.findings["tune"]["epochs"][-1]["steps"] == 1
 
