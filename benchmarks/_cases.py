@@ -78,6 +78,11 @@ class Case:
         return self.name in LINEAR
 
     @property
+    def any_size(self) -> bool:
+        """Whether its pictures have different sizes."""
+        return "height" in self.item.dynamic
+
+    @property
     def classifies(self) -> bool:
         return self.metric is None or self.metric.name == "top1"
 

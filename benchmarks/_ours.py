@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,19 @@ def source_hash() -> str:
     return found.hexdigest()[:16]
 
 
-def ours(case: Case, number: int, format: str, kind: str) -> Artifact:
-    """Raises EdgepackError where edgepack refuses."""
+def ours(case: Case, number: int, format: str, kind: str, size: Sequence[int] = ()) -> Artifact:
+    """Raises EdgepackError where edgepack refuses.
+
+    Args:
+        size: height and width, for a file of this size alone.
+    """
     out = _compressed(case, number, kind)
-    export(out, [_exporter(format)], Silent())
-    return Artifact.open(out / format)
+    exporter = _exporter(format)
+    if size:
+        name = "x".join([format, *map(str, size)])
+        exporter = replace(exporter, name=name, sizes=dict(zip(("height", "width"), size, strict=True)))
+    export(out, [exporter], Silent())
+    return Artifact.open(out / (exporter.name or format))
 
 
 def ours_float(case: Case, format: str) -> Artifact:

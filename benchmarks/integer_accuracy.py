@@ -35,6 +35,7 @@ from edgepack.versions import versions
 
 NETWORKS = ("resnet20", "mobilenet_v1", "vit", "resnet32", "imdn", "mobilenet_v2")
 FORMATS = ("onnx", "openvino", "tflite", "coreml", "torch")
+FIXED = ("tflite",)  # formats of one size per file
 INTERPRETED = {"coreml": 1000}  # images that are scored where an interpreter computes
 ENGINE = {"onnx": ("onnxruntime",), "openvino": ("openvino",), "tflite": ("ai-edge-litert",),
           "coreml": ("coremltools",), "torch": ("torch", "torchao")}  # fmt: skip
@@ -63,14 +64,31 @@ def jobs(case: Case, formats: tuple[str, ...], whose: str) -> list[Job]:
 
 def our_row(case: Case, format: str, kind: str) -> Row:
     try:
+        if format in FIXED and case.any_size:
+            return sized_row(case, format, kind)
         artifacts = [ours(case, number, format, kind) for number in range(len(case.folds))]
         return {**judged(case, artifacts, INTERPRETED.get(format)), "dialect": artifacts[0].manifest.dialect}
     except EdgepackError as error:
         return {"exit": error.exit_status, "why": error.message}
 
 
+def sized_row(case: Case, format: str, kind: str) -> Row:
+    """One file per size of picture, all from the same compressed network; the figures of size are the first one's."""
+    tally, made = Tally(case), dict[tuple[int, ...], Artifact]()
+    for number, fold in enumerate(case.folds):
+        for images, _ in fold.scored:
+            size = images.shape[2:]
+            made[size] = made[size] if size in made else ours(case, number, format, kind, size)
+        with ExitStack() as stack:
+            calls = {size: caller(artifact, stack) for size, artifact in made.items()}
+            tally.add(number, lambda images, calls=calls: calls[images.shape[2:]](images))  # type: ignore[misc]
+    first = next(iter(made.values()))
+    facts = {"size_bytes": first.size_bytes, "size_ratio": round(first.size_bytes / case.float_bytes, 4)}
+    return {**tally.result(), **facts, "dialect": first.manifest.dialect, "files": len(made)}
+
+
 def peer_row(case: Case, peer: Peer) -> Row:
-    if peer.format == "tflite" and "height" in case.item.dynamic:
+    if peer.format in FIXED and case.any_size:
         return {"why": "its files have fixed shapes, these pictures have different sizes"}
     return judged(case, [peer.artifact(case, number) for number in range(len(case.folds))])
 

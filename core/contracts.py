@@ -151,6 +151,7 @@ class Exporter(Part):
             (weights stored in 16 bits; the engine chooses how to compute).
         layout: layout of image inputs, ``NCHW`` or ``NHWC``; default that of the model.
         normalize: bake the preprocessing in; image inputs become uint8 NHWC, labels go into the metadata.
+        sizes: of axes that the task calls dynamic, by name, for a file that takes this size only.
     """
 
     format: ClassVar[str]
@@ -159,8 +160,11 @@ class Exporter(Part):
     precision: str = "plan"
     layout: str | None = None
     normalize: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if any(size < 1 for size in self.sizes.values()):
+            raise ValueError(f"sizes are at least 1, not {dict(self.sizes)}")
         if self.precision not in ("plan", "float32", "float16"):
             raise ValueError(f"precision is 'plan', 'float32' or 'float16', not {self.precision!r}")
         if self.layout not in (None, "NCHW", "NHWC"):

@@ -21,13 +21,13 @@ from edgepack.compressing import BASELINE, COMPRESSED
 from edgepack.contracts import FLOAT_LIMIT, INTEGERS, Exporter, Graph, Preprocessing, TensorSpec
 from edgepack.errors import DeviceError, EdgepackError, InputError, IntegrityError, MissingExtra, StepError, Unsupported
 from edgepack.front import to_front, with_front
-from edgepack.graph import load_graph, nudged, run_graph
+from edgepack.graph import fixed, load_graph, nudged, run_graph
 from edgepack.parity import least_db, max_relative, runtime_for
 from edgepack.plan import Plan
 from edgepack.progress import Progress
 from edgepack.proof import hold_storage, prove
 from edgepack.recipe import build
-from edgepack.samples import Array
+from edgepack.samples import Array, resized
 from edgepack.versions import versions
 
 if TYPE_CHECKING:
@@ -162,6 +162,8 @@ class _Stage:
         self, folder: Path, source: Source, exporter: Exporter, fingerprint: str, choice: Choice | None = None
     ) -> Artifact:
         began = time.perf_counter()
+        if exporter.sizes:
+            source = self._sized(source, exporter.sizes)
         graph = with_front(source.graph, exporter.layout, exporter.normalize)
         simulation = exporter.lower(graph, source.plan)
         golden = _golden(source, graph, simulation)
@@ -213,6 +215,15 @@ class _Stage:
             )
         return replace(manifest, budget_missed=tuple(_missed(self.budget, manifest, artifact.size_bytes)))
 
+    def _sized(self, source: Source, sizes: Mapping[str, int]) -> Source:
+        """The source for one size, with its golden samples cut or repeated to it."""
+        graph = _fixed(source.graph, sizes)
+        inputs = resized(source.golden.inputs, graph.inputs)
+        place, original = self.out / BASELINE / "pt2", dict[str, Array]()
+        if (place / MANIFEST).exists():
+            original = run_graph(fixed(self._source(place).graph, sizes), inputs)
+        return replace(source, graph=graph, golden=Golden(inputs, original, run_graph(graph, inputs)))
+
     def _judged_by(self) -> dict[str, Any]:
         scored = None if self.task is None or self.task.evaluation is None else len(self.task.evaluation)
         return {"scored": scored, "budget": None if self.budget is None else self.budget.model_dump()}
@@ -248,7 +259,7 @@ def simulation_of(artifact: Artifact) -> Graph:
     source = Source.open(folder)
     step = artifact.manifest.history[-1]
     exporter = build(Exporter, {"use": artifact.manifest.format, **step["options"]})
-    graph = with_front(source.graph, exporter.layout, exporter.normalize)
+    graph = with_front(_fixed(source.graph, exporter.sizes), exporter.layout, exporter.normalize)
     plan = decided(source.plan, step["activations"]) if "activations" in step else source.plan
     simulation = exporter.lower(graph, plan)
     golden = artifact.golden()
@@ -268,6 +279,16 @@ def _current(folder: Path, fingerprint: str) -> Artifact | None:
     except (InputError, IntegrityError):
         return None
     return artifact
+
+
+def _fixed(graph: Graph, sizes: Mapping[str, int]) -> Graph:
+    axes = {axis for spec in graph.inputs for axis in spec.shape if isinstance(axis, str)}
+    if unknown := [name for name in sizes if name not in axes]:
+        raise InputError(
+            f"sizes names {unknown[0]!r}, which is no dynamic axis of the network: "
+            f"{', '.join(sorted(axes)) or 'it has none'}"
+        )
+    return fixed(graph, sizes)
 
 
 def _with_form(source: Source, form: str) -> Source:

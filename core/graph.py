@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,12 +71,17 @@ def recapture(graph: Graph, module: nn.Module, inputs: Sequence[TensorSpec] | No
 
 def fixed_batch(graph: Graph, batch: int = 1) -> Graph:
     """The same network for exactly ``batch`` samples per call; other dynamic axes stay."""
-    if not any("batch" in spec.shape for spec in graph.inputs):
-        return graph
+    return fixed(graph, {"batch": batch})
+
+
+def fixed(graph: Graph, sizes: Mapping[str, int]) -> Graph:
+    """The same network with dynamic axes, by name, of these sizes."""
     specs = tuple(
-        replace(spec, shape=tuple(batch if axis == "batch" else axis for axis in spec.shape), stacked=batch_axis(spec))
+        replace(spec, shape=tuple(sizes.get(str(axis), axis) for axis in spec.shape), stacked=batch_axis(spec))
         for spec in graph.inputs
     )
+    if all(one.shape == other.shape for one, other in zip(specs, graph.inputs, strict=True)):
+        return graph
     return recapture(graph, graph.program.module(check_guards=False), specs)
 
 

@@ -47,6 +47,21 @@ def take(specs: Sequence[TensorSpec], arrays: Arrays, start: int, stop: int) -> 
     return taken
 
 
+def resized(arrays: Arrays, specs: Sequence[TensorSpec]) -> dict[str, Array]:
+    """The same stack in the fixed sizes of other specs: cut, or repeated from the start; the batch axis stays."""
+    return {spec.name: _resized(arrays[spec.name], spec) for spec in specs}
+
+
+def _resized(values: Array, spec: TensorSpec) -> Array:
+    places = [
+        np.arange(size) % values.shape[axis] if isinstance(size, int) and axis != batch_axis(spec) else slice(None)
+        for axis, size in enumerate(spec.shape)
+    ]
+    for axis, place in enumerate(places):
+        values = values[(slice(None),) * axis + (place,)]
+    return np.ascontiguousarray(values)
+
+
 def join(specs: Sequence[TensorSpec], stacks: Sequence[Arrays]) -> dict[str, Array]:
     """Stacks, one after the other."""
     return {spec.name: np.concatenate([stack[spec.name] for stack in stacks], axis=batch_axis(spec)) for spec in specs}

@@ -12,7 +12,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from edgepack.errors import ParityError, Unsupported
-from edgepack.export._integer_dialect import ADDITIONS, CONVOLUTIONS, LEAKY, NORMS, PRODUCTS, RELUS, Dialect, Grid
+from edgepack.export._integer_dialect import (
+    ADDITIONS,
+    CONVOLUTIONS,
+    LEAKY,
+    NORMS,
+    PRODUCTS,
+    RELUS,
+    Dialect,
+    Grid,
+    narrow_depthwise,
+)
 from edgepack.export._qdq import planned_integer, quantized
 
 if TYPE_CHECKING:
@@ -37,6 +47,7 @@ COREML = Centred(
     integer=ADDITIONS,
     both=NORMS,
     float_bias=CONVOLUTIONS | PRODUCTS,
+    slow=narrow_depthwise,
 )
 WEIGHTS = "w8"
 CENTRED = 1.25  # times the step of a grid with a zero point; behind a leaky ReLU it would be about 2

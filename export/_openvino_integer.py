@@ -51,9 +51,12 @@ def drop_zeros(model: Any) -> None:
             node.output(0).replace(node.input_value(0))
 
 
-def keep_float(model: Any) -> None:
-    """Have the engine compute in float; left alone, it rounds what layers with 8-bit weights read in groups of 32."""
-    model.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+def set_group(model: Any, size: int) -> None:
+    """How many values of a row layers with 8-bit weights round alike; 0 to compute in float.
+
+    Left alone, the engine takes 32.
+    """
+    model.set_rt_info(str(size), ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
 
 
 def _nothing(node: Any) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgepack.errors import Unsupported
-from edgepack.export._integer_dialect import ADDITIONS, CONVOLUTIONS, NORMS, PRODUCTS, Dialect
+from edgepack.export._integer_dialect import ADDITIONS, CONVOLUTIONS, NORMS, PRODUCTS, Dialect, narrow_depthwise
 from edgepack.export._qdq import quantized
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ TENSORRT = Symmetric(
     signed=True,
     symmetric=True,
     float_bias=CONVOLUTIONS | PRODUCTS,
+    slow=narrow_depthwise,
 )
 REASONS = {
     "dynamic": "to round its activations while it runs, which TensorRT cannot",

@@ -17,6 +17,8 @@ from edgepack.export._alignment import aligned, word
 from edgepack.export._dialects import _assign, _attribute, _groups, retrace
 from edgepack.export._integer_dialect import ADDITIONS, CONVOLUTIONS, LEAKY, RELUS, Dialect
 from edgepack.export._qdq import quantized
+from edgepack.export._tflite_copies import with_copies
+from edgepack.export._tflite_ends import image_convolution, skip_into, stays_float
 from edgepack.export._tflite_file import constant
 from edgepack.export._tflite_quantized import WEIGHTED
 from edgepack.export._tflite_ranges import harmonized, with_slopes
@@ -28,35 +30,20 @@ if TYPE_CHECKING:
     from edgepack.plan import Plan
 
 MEANS = frozenset({"mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d"})
-IMAGE, FEW = 4, 16  # channels at most
-
-
-def _image(node: Node) -> bool:
-    """Whether a convolution makes few channels of an image.
-
-    It is the layer whose errors every other one inherits. In float it takes one to five hundredths more of the time of
-    a whole small network on x86, measured with one thread; with 32 channels the price is higher.
-    """
-    if word(node) != "conv2d" or _groups(node) != 1:
-        return False
-    weight: Any = node.args[1]
-    rows, columns = weight.meta["val"].shape[:2]
-    return bool(columns <= IMAGE and rows <= FEW)
-
-
 TFLITE = Dialect(
     "s8s8-tflite",
     fused=RELUS,
     integer=ADDITIONS | LEAKY | MEANS | {"cat"},
     every_output=CONVOLUTIONS | {"linear"},
     signed=True,
-    slow=_image,
+    slow=stays_float,
 )
 DIALECTS = tuple(TFLITE.forms.values())
 
 
 def lower_integers(graph: Graph, plan: Plan) -> Graph:
     """The simulation. Raises Unsupported where the plan asks for what TFLite lacks."""
+    graph, plan = with_copies(graph, plan)
     plan = harmonized(graph, plan)
     graph = with_slopes(graph, plan)
     names = aligned(graph.program.module(check_guards=False), plan)
@@ -163,11 +150,10 @@ def _target(node: Any) -> Any:
 def choices(simulation: Graph, weights: Sequence[Weight]) -> list[str]:
     """What the dialect does otherwise than the plan asks, as sentences."""
     static = sum(weight.readers for weight in weights if weight.form == "static")
-    image = sum(
-        node.op == "call_function" and node.args[1].op in ("get_attr", "placeholder")
-        for node in simulation.program.graph.nodes
-        if word(node) == "conv2d" and _image(node)
-    )
+    floating = [node for node in simulation.program.graph.nodes
+                if word(node) == "conv2d" and node.args[1].op in ("get_attr", "placeholder")]  # fmt: skip
+    image = sum(map(image_convolution, floating))
+    ends = sum(skip_into(node) is not None for node in floating)
     notes = []
     if simulation.dialect == TFLITE.forms["dynamic"] and static:
         notes.append(
@@ -176,6 +162,8 @@ def choices(simulation: Graph, weights: Sequence[Weight]) -> list[str]:
         )
     if simulation.dialect in DIALECTS and image:
         notes.append(f"{image} convolution{'s' * (image > 1)} with few channels of an image in float")
+    if simulation.dialect in DIALECTS and ends:
+        notes.append("the first and the last convolution and the sum that joins them in float, for the image's sake")
     return notes
 
 

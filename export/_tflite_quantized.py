@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from edgepack.export._tflite_ends import drowned
 from edgepack.export._tflite_file import used_only
 from edgepack.export._tflite_model import Model
 from edgepack.export._tflite_weights import Weight
@@ -140,6 +141,8 @@ class _Rewriter:
     def _all_integer(self, operator: Any, word: str, stored: int) -> bool:
         floats = [int(t) for t in operator.inputs if self.file.type(t) == self.file.kinds.FLOAT32]
         if not all(tensor in self.twins for tensor in floats):
+            return False
+        if word == "ADD" and any(drowned(self.file.grid(self.twins[t])[0], self.file.grid(stored)[0]) for t in floats):
             return False
         return word not in SAME_GRID or all(
             self.file.grid(self.twins[tensor]) == self.file.grid(stored) for tensor in floats

@@ -1,7 +1,7 @@
 """A plan as TFLite's integer operators share grids.
 
-A concatenation reads and writes one grid. XNNPACK's leaky ReLU multiplies by whole numbers of 1/256, so the ratio of
-the steps it reads and writes is such a number, and so is what it multiplies negative values by.
+A concatenation reads and writes one grid. XNNPACK's leaky ReLU and its change of grid multiply by whole numbers of
+1/256, so the ratio of the steps they read and write is such a number, and so is what negative values are multiplied by.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edgepack.export._alignment import PASSING, aligned, word
 from edgepack.export._dialects import retrace
 from edgepack.export._integer_dialect import LEAKY
+from edgepack.export._tflite_copies import OWN
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -50,10 +51,16 @@ def harmonized(graph: Graph, plan: Plan) -> Plan:
     names = aligned(graph.program.module(check_guards=False), plan)
     ranges = _Ranges({name: entry["range"] for name, entry in plan.nodes.items() if "range" in entry})
     for node, name in names.items():
-        if word(node) in SAME_GRID | PASSING:
+        if word(node) in SAME_GRID | PASSING and OWN not in plan.nodes[name]:
             for source in _sources(node, names):
                 ranges.join(name, source)
-    order = [node for node in graph_order(names) if word(node) in LEAKY]
+    copies = [node for node in graph_order(names) if plan.nodes[names[node]].get(OWN) == "integers"]
+    reached: dict[str, str] = {}
+    for node in copies:  # one ratio per grid; what is copied into two shares the second
+        (source,) = _sources(node, names)
+        if reached.setdefault(ranges.first(source), ranges.first(names[node])) != ranges.first(names[node]):
+            ranges.join(names[node], source)
+    order = [node for node in graph_order(names) if word(node) in LEAKY or node in copies]
     for node in reversed(order):
         for source in _sources(node, names):
             ranges.widen(source, names[node])

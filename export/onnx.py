@@ -14,7 +14,7 @@ from edgepack.export._onnx_form import LIMIT_BYTES, to_onnx
 from edgepack.export._onnx_integer import TARGETS, fused, here, hold_integers, name_pools
 from edgepack.export._onnx_products import translations, use_casts, use_integer_products
 from edgepack.export._onnx_slim import slim, store_half
-from edgepack.export._qdq import quantized
+from edgepack.export._qdq import quantized, transposed
 
 if TYPE_CHECKING:
     import onnx
@@ -63,7 +63,7 @@ class Onnx(Exporter):
         notes = [f"{left_bytes} bytes of biases and constants stay float32"] if left_bytes else []
         if simulation.dialect in TARGETS[self.target].forms.values():
             hold_integers(folder / MODEL, simulation)
-            notes += [*fused(folder / MODEL, simulation), *here(self.target)[1]]
+            notes += [*fused(folder / MODEL, simulation), *here(self.target)[1], *transposed(simulation)]
         return census(folder / MODEL, notes)
 
     def _model(self, simulation: Graph) -> onnx.ModelProto:

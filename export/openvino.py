@@ -20,9 +20,10 @@ from edgepack.contracts import Census, Exporter, Graph
 from edgepack.errors import Unsupported, require
 from edgepack.export._dialects import exact_half, lower_float
 from edgepack.export._onnx_form import to_onnx
-from edgepack.export._openvino_integer import OPENVINO, drop_zeros, hold_integers, keep_float
+from edgepack.export._openvino_dynamic import describe, require_rounding, simulated, unrounded
+from edgepack.export._openvino_integer import OPENVINO, drop_zeros, hold_integers, set_group
 from edgepack.export._openvino_slim import slim
-from edgepack.export._qdq import quantized
+from edgepack.export._qdq import transposed
 
 if TYPE_CHECKING:
     from edgepack.plan import Plan
@@ -39,26 +40,34 @@ RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 @dataclass(frozen=True, kw_only=True)
 class Openvino(Exporter):
-    """Write OpenVINO's intermediate representation (model.xml, model.bin)."""
+    """Write OpenVINO's intermediate representation (model.xml, model.bin).
+
+    Where a plan has linear layers round at run time, the CPU engine does that by itself, in groups of a row's values
+    whose size the file names; convolutions then read ranges from calibration.
+    """
 
     format: ClassVar[str] = "openvino"
 
     def lower(self, graph: Graph, plan: Plan) -> Graph:
         if self.precision == "plan" and plan.nodes:
-            return quantized(graph, plan, OPENVINO)
+            return simulated(graph, plan, OPENVINO)
         return lower_float(graph, self.precision)
 
     def write(self, simulation: Graph, folder: Path) -> Census:
         ov = require("openvino", "openvino")
-        model = _convert(ov, simulation)
+        stored, group = simulation, 0
+        if simulation.dialect == OPENVINO.forms["dynamic"]:
+            require_rounding(ov)
+            stored, group = unrounded(simulation)
+        model = _convert(ov, stored)
         if self.precision == "float16" and _store_half(ov, model) > FUSED_SHARE * _weight_bytes(model):
             model = _convert(ov, simulation, fuse=False)
             _store_half(ov, model)
         integers = simulation.dialect in OPENVINO.forms.values()
         if integers:
             drop_zeros(model)
-        if simulation.dialect == OPENVINO.forms["float"]:
-            keep_float(model)
+        if simulation.dialect in (OPENVINO.forms["float"], OPENVINO.forms["dynamic"]):
+            set_group(model, group)
         _name(ov, model, simulation)
         if self.normalize:
             _describe(model, simulation)
@@ -66,7 +75,9 @@ class Openvino(Exporter):
         reserve(folder, _weight_bytes(model) + BYTES_PER_NODE * len(model.get_ops()))
         ov.save_model(model, folder / MODEL, compress_to_fp16=False)
         slim(folder / MODEL, {spec.name for spec in (*simulation.inputs, *simulation.outputs)})
-        notes = hold_integers(ov, folder / MODEL, simulation) if integers else ()
+        notes = [*hold_integers(ov, folder / MODEL, simulation), *transposed(simulation)] if integers else []
+        if group:
+            notes += describe(simulation, group)
         return _census(ov, folder / MODEL, notes)
 
 

@@ -72,5 +72,5 @@ def _refuse_dynamic(graph: Graph) -> None:
         if axes:
             raise Unsupported(
                 f"input {spec.name!r} may have any {' and '.join(axes)}, but a TFLite file has fixed shapes",
-                f"give a fixed {' and '.join(axes)} in task.input and take it out of dynamic, or export to onnx",
+                f"sizes = {{{', '.join(f'{axis} = 64' for axis in axes)}}} in this export, one per size, or use onnx",
             )

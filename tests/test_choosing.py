@@ -26,9 +26,12 @@ from edgepack.contracts import Contender, Settings  # noqa: E402
 from edgepack.devices.host import Host  # noqa: E402
 from edgepack.errors import DeviceError, Unsupported  # noqa: E402
 from edgepack.export._onnx_integer import ONNX_RUNTIME  # noqa: E402
+from edgepack.export._openvino_dynamic import require_rounding  # noqa: E402
 from edgepack.export._openvino_integer import OPENVINO  # noqa: E402
+from edgepack.export._tensorrt_integer import TENSORRT  # noqa: E402
 from edgepack.export.onnx import Onnx  # noqa: E402
 from edgepack.export.openvino import Openvino  # noqa: E402
+from edgepack.export.tensorrt import Tensorrt  # noqa: E402
 from edgepack.exporting import Source, export, simulation_of  # noqa: E402
 from edgepack.graph import run_graph  # noqa: E402
 from edgepack.measurement import Energy, Latency, Profile, Ratio  # noqa: E402
@@ -183,13 +186,40 @@ def _holds_levels(artifact: Artifact, source: Source) -> None:
 
 
 def test_a_format_with_one_form_times_nothing(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("openvino")
     seen = stopwatch(monkeypatch, 0.5, "faster")
-    manifest = exported(mixed, Openvino()).manifest
+    manifest = exported(mixed, Tensorrt()).manifest
     assert not seen
+    assert manifest.dialect == TENSORRT.forms["static"]
+    (note,) = manifest.history[-1]["notes"]
+    assert note.startswith("activations = 'static', the only form this file can have: tensorrt: conv2d is to round its")
+
+
+def test_openvino_has_both_forms_where_its_engine_rounds_at_run_time(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ov = pytest.importorskip("openvino")
+    try:
+        require_rounding(ov)
+    except Unsupported as error:
+        pytest.skip(error.message)
+    seen = stopwatch(monkeypatch, 0.5, "faster")
+    levels(monkeypatch, 40.0, 45.0)
+    manifest = exported(mixed, Openvino()).manifest
+    assert len(seen) == 1
+    assert manifest.dialect == OPENVINO.forms["dynamic"]
+
+
+def test_openvino_falls_back_to_static_where_its_engine_does_not(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+
+    def refuse(ov: Any) -> None:
+        raise Unsupported("OpenVINO rounds no activations at run time on this processor")
+
+    monkeypatch.setattr("edgepack.export.openvino.require_rounding", refuse)
+    manifest = exported(mixed, Openvino(name="fallen-back")).manifest
     assert manifest.dialect == OPENVINO.forms["static"]
     (note,) = manifest.history[-1]["notes"]
-    assert note.startswith("activations = 'static', the only form this file can have: this format has no conv2d that")
+    assert note.startswith("activations = 'static', the only form this file can have: OpenVINO rounds no activations")
 
 
 def test_a_network_without_layers_to_round_at_run_time_times_nothing(

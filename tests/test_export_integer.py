@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +23,10 @@ from edgepack.compressing import compress  # noqa: E402
 from edgepack.errors import InputError, ParityError  # noqa: E402
 from edgepack.export._onnx_integer import ONNX_RUNTIME  # noqa: E402
 from edgepack.export._qdq import planned_integer, quantized  # noqa: E402
+from edgepack.export.coreml import Coreml  # noqa: E402
 from edgepack.export.onnx import Onnx  # noqa: E402
 from edgepack.export.openvino import Openvino  # noqa: E402
+from edgepack.export.tensorrt import Tensorrt  # noqa: E402
 from edgepack.exporting import Source, export  # noqa: E402
 from edgepack.graph import run_graph  # noqa: E402
 from edgepack.parity import least_db, same_integers, sqnr_db  # noqa: E402
@@ -118,7 +121,7 @@ def test_onnx_runtime_computes_gates_in_integers(tmp_path: Path) -> None:
     note = manifest.census["notes"][0]
     for count, kind in ((4, "Conv"), (1, "GlobalAveragePool"), (3, "Mul"), (3, "Sigmoid")):
         assert f"{count} QLinear{kind}" in note
-    assert "in float, where they are faster: 1 Conv" in note
+    assert "in float, where they serve better: 1 Conv" in note
     assert manifest.census["operators"]["Mul"] == 4  # that of the gain is gone
     assert near_float(made)
 
@@ -246,3 +249,37 @@ def test_a_file_for_arm_has_signed_activations(made: tuple[Path, Source]) -> Non
     assert zeros == {onnx.TensorProto.INT8}
     with pytest.raises(ValueError, match="target is 'x86' or 'arm', not 'riscv'"):
         Onnx(target="riscv")
+
+
+def test_transposed_convolutions_stay_float_and_the_file_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, 2))
+    source(tmp_path, module)
+    for exporter in (Onnx(), Openvino()):
+        census = export(tmp_path, [exporter], Silent())[0].artifact.manifest.census
+        assert census is not None
+        assert "in float, for want of an integer kernel: 1 transposed convolutions" in census["notes"]
+
+
+class Depthwise(nn.Module):
+    """A convolution and two depthwise ones, of 8 and of 32 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.narrow = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.point = nn.Conv2d(8, 32, 1)
+        self.wide = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wide(F.relu(self.point(F.leaky_relu(self.narrow(F.leaky_relu(self.first(x)))))))
+
+
+@pytest.mark.parametrize(("exporter", "integer"), [(Onnx(target="arm"), 2), (Tensorrt(), 3), (Coreml(), 3)])
+def test_narrow_depthwise_convolutions_stay_float(tmp_path: Path, exporter: Any, integer: int) -> None:
+    made = source(tmp_path, Depthwise())
+    simulation = exporter.lower(made.graph, made.plan)
+    assert planned_integer(simulation) == {"conv2d": integer}
+    weights = {name for name, tensor in simulation.program.state_dict.items() if tensor.dtype == torch.int8}
+    assert "narrow.weight" not in {name.removesuffix("_integers") for name in weights}
+    assert "wide.weight_integers" in weights
