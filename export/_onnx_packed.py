@@ -43,7 +43,7 @@ def pack(model: onnx.ModelProto) -> None:
     model.graph.node.extend([*casts, *nodes])
 
 
-def stored(path: Path) -> Iterator[np.ndarray[Any, Any]]:
+def packed_values(path: Path) -> Iterator[np.ndarray[Any, Any]]:
     """The values of a file's tensors of 4 bits."""
     import onnx
 

@@ -13,7 +13,7 @@ from edgepack.export._onnx_census import census
 from edgepack.export._onnx_form import LIMIT_BYTES, to_onnx
 from edgepack.export._onnx_integer import TARGETS, fused, here, hold_integers, name_pools
 from edgepack.export._onnx_packed import OPSET as PACKED_OPSET
-from edgepack.export._onnx_packed import pack, stored
+from edgepack.export._onnx_packed import pack, packed_values
 from edgepack.export._onnx_products import translations, use_casts, use_integer_products
 from edgepack.export._onnx_slim import slim, store_half
 from edgepack.export._packed import FAST, check_form, hold_packed, planned, require_four
@@ -74,7 +74,7 @@ class Onnx(Exporter):
         if simulation.dialect in TARGETS[self.target].forms.values():
             hold_integers(folder / MODEL, simulation)
             notes += [*fused(folder / MODEL, simulation), *here(self.target)[1], *transposed(simulation)]
-            notes += hold_packed(stored(folder / MODEL), simulation) if self.weights != FAST else []
+            notes += hold_packed(packed_values(folder / MODEL), simulation) if self.weights != FAST else []
         return census(folder / MODEL, notes)
 
     def _model(self, simulation: Graph) -> onnx.ModelProto:
