@@ -39,6 +39,14 @@ def require_four(plan: Plan, weights: str | None, format_name: str) -> None:
         )
 
 
+def packs(weights: str | None, simulation: Graph) -> bool:
+    """Whether an engine that makes bytes of packed weights when it loads a file is handed such a file.
+
+    By default not where activations are rounded in ranges found at run time: engines look for bytes there.
+    """
+    return weights == PACKED or (weights is None and not simulation.dialect.startswith("d8"))
+
+
 def weights_only(simulation: Graph) -> bool:
     """Whether activations stay float."""
     return simulation.dialect == WEIGHTS_ONLY

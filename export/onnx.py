@@ -16,7 +16,7 @@ from edgepack.export._onnx_packed import OPSET as PACKED_OPSET
 from edgepack.export._onnx_packed import pack, packed_values
 from edgepack.export._onnx_products import translations, use_casts, use_integer_products
 from edgepack.export._onnx_slim import slim, store_half
-from edgepack.export._packed import FAST, check_form, hold_packed, planned, require_four
+from edgepack.export._packed import check_form, hold_packed, packs, planned, require_four
 from edgepack.export._qdq import quantized, transposed
 
 if TYPE_CHECKING:
@@ -35,9 +35,10 @@ class Onnx(Exporter):
         opset: operator set of the file, 18 to 23.
         target: processors that integer files are for: ``x86`` (unsigned activations) or ``arm`` (signed ones, which
             64-bit ARM multiplies faster). Either kind runs on both.
-        weights: how weights of 4 bits are stored. ``packed``, the default: two in a byte (INT4, which needs operator
-            set 21, so an older ``opset`` is raised); ONNX Runtime makes bytes of them when it loads the file, and then
-            is as fast as with ``fast``. ``fast``: the same values in bytes, for engines without INT4.
+        weights: how weights of 4 bits are stored. ``packed``, the default but for ranges found at run time: two in a
+            byte (INT4, which needs operator set 21, so an older ``opset`` is raised). ONNX Runtime makes bytes of them
+            when it loads the file, and then runs the same operators as with ``fast``: the same values in bytes, for
+            engines without INT4.
     """
 
     format: ClassVar[str] = "onnx"
@@ -74,12 +75,12 @@ class Onnx(Exporter):
         if simulation.dialect in TARGETS[self.target].forms.values():
             hold_integers(folder / MODEL, simulation)
             notes += [*fused(folder / MODEL, simulation), *here(self.target)[1], *transposed(simulation)]
-            notes += hold_packed(packed_values(folder / MODEL), simulation) if self.weights != FAST else []
+            notes += hold_packed(packed_values(folder / MODEL), simulation) if packs(self.weights, simulation) else []
         return census(folder / MODEL, notes)
 
     def _model(self, simulation: Graph) -> onnx.ModelProto:
         forms = TARGETS[self.target].forms
-        packed = self.weights != FAST and bool(planned(simulation))
+        packed = simulation.dialect in forms.values() and packs(self.weights, simulation) and bool(planned(simulation))
         opset = max(self.opset, PACKED_OPSET) if packed else self.opset
         model = to_onnx(simulation, opset, translations() if simulation.dialect == forms["dynamic"] else None)
         if simulation.dialect == forms["dynamic"]:

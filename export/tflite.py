@@ -31,8 +31,8 @@ class Tflite(Exporter):
 
     Attributes:
         weights: how weights of 4 bits are stored: ``packed``, two in a byte (INT4), or ``fast``, the same values in
-            bytes. Left out: ``packed`` where activations are float, else ``fast``, the one such form there is. Packed
-            weights become floats in the first call, and TFLite's own operators read them, not XNNPACK's.
+            bytes. Left out: ``packed`` where activations are float, else ``fast``, the one such form there is. The
+            operators that read packed weights are TFLite's own: XNNPACK does not take them.
     """
 
     format: ClassVar[str] = "tflite"
@@ -61,8 +61,8 @@ class Tflite(Exporter):
         """The simulation of an integer file, if the engine computes it from weights as they are to be stored."""
         if self.weights == PACKED and not weights_only(simulation):
             raise Unsupported(
-                "tflite: TFLite's operators that read 8-bit activations and weights of 4 bits are not XNNPACK's: they "
-                "are slow and round otherwise",
+                "tflite: between 8-bit activations, XNNPACK does not take packed weights of 4 bits, and TFLite's own "
+                "operators round otherwise than the simulation",
                 "weights = 'fast', or no activation_bits in quantize",
             )
         return simulation

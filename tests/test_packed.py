@@ -119,6 +119,15 @@ def test_onnx_packed_and_fast_compute_the_same(form: tuple[str, Path]) -> None:
     assert ("3 QLinearConv" in said(packed)) == (kind == "static")
 
 
+def test_ranges_found_at_run_time(tmp_path: Path) -> None:
+    """Bytes by default; packed ones lead ONNX Runtime to the same operators."""
+    made(tmp_path, weight_bits=4, activation_bits=8, activations="dynamic")
+    fast, packed = (written(tmp_path, Onnx(name=f"onnx-{w}", weights=w)) for w in (None, "packed"))
+    assert stored_bytes(fast, "int4") == 0
+    assert stored_bytes(packed, "int4") == sum(PACKED_BYTES.values())
+    assert "1 DynamicQuantizeMatMul" in said(packed)
+
+
 def test_openvino_packed_and_fast(form: tuple[str, Path]) -> None:
     pytest.importorskip("openvino")
     kind, folder = form
@@ -141,7 +150,7 @@ def test_tflite_packs_weights_beside_float_activations(form: tuple[str, Path]) -
         assert artifact.manifest.parity.max_rel is not None
         assert artifact.manifest.parity.max_rel < 1e-6
     else:
-        with pytest.raises(Unsupported, match="weights of 4 bits are not XNNPACK's"):
+        with pytest.raises(Unsupported, match="XNNPACK does not take packed weights of 4 bits"):
             export(folder, [Tflite(weights="packed")], Silent())
 
 
