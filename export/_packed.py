@@ -40,11 +40,13 @@ def require_four(plan: Plan, weights: str | None, format_name: str) -> None:
 
 
 def packs(weights: str | None, simulation: Graph) -> bool:
-    """Whether an engine that makes bytes of packed weights when it loads a file is handed such a file.
-
-    By default not where activations are rounded in ranges found at run time: engines look for bytes there.
-    """
+    """Whether to pack for an engine that runs its 8-bit operators with packed weights too, in fixed ranges."""
     return weights == PACKED or (weights is None and not simulation.dialect.startswith("d8"))
+
+
+def packs_float(weights: str | None, simulation: Graph) -> bool:
+    """Whether to pack for an engine that is as fast with packed weights only where activations are float."""
+    return weights == PACKED or (weights is None and weights_only(simulation))
 
 
 def weights_only(simulation: Graph) -> bool:

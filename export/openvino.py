@@ -24,7 +24,7 @@ from edgepack.export._openvino_dynamic import describe, require_rounding, simula
 from edgepack.export._openvino_integer import OPENVINO, drop_zeros, hold_integers, set_group
 from edgepack.export._openvino_packed import pack, packed_values, values
 from edgepack.export._openvino_slim import slim
-from edgepack.export._packed import check_form, hold_packed, packs, require_four
+from edgepack.export._packed import check_form, hold_packed, packs_float, require_four
 from edgepack.export._qdq import transposed
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ class Openvino(Exporter):
     whose size the file names; convolutions then read ranges from calibration.
 
     Attributes:
-        weights: how weights of 4 bits are stored. ``packed``, the default but for ranges found at run time: two in a
-            byte (i4). The CPU engine makes bytes of them when it compiles the model, and then runs the same operators
-            as with ``fast``: the same values in bytes (i8).
+        weights: how weights of 4 bits are stored: ``packed``, two in a byte (i4), or ``fast``, the same values in bytes
+            (i8). Left out: ``packed`` where activations are float, else ``fast``. Between 8-bit activations the CPU
+            engine runs convolutions with packed weights as it does those with bytes, but not linear layers.
     """
 
     format: ClassVar[str] = "openvino"
@@ -79,7 +79,7 @@ class Openvino(Exporter):
             model = _convert(ov, simulation, fuse=False)
             _store_half(ov, model)
         integers = simulation.dialect in OPENVINO.forms.values()
-        packed = integers and packs(self.weights, simulation)
+        packed = integers and packs_float(self.weights, simulation)
         if integers:
             drop_zeros(model)
         if packed:

@@ -11,7 +11,7 @@ from edgepack.artifact import reserve
 from edgepack.contracts import Census, Exporter, Graph
 from edgepack.errors import Unsupported, require
 from edgepack.export._dialects import lower_float, refuse_plan
-from edgepack.export._packed import PACKED, check_form, hold_packed, require_four, weights_only
+from edgepack.export._packed import PACKED, check_form, hold_packed, packs_float, require_four, weights_only
 from edgepack.export._tflite_integer import DIALECTS, choices, float_weights, hold_integers, lower_integers
 from edgepack.export._tflite_quantized import quantize
 from edgepack.export._tflite_weights import Weight
@@ -76,7 +76,7 @@ class Tflite(Exporter):
         from edgepack.export._tflite_packed import packed_values
 
         half, change = self.precision == "float16", None
-        packed = self.weights == PACKED or (self.weights is None and weights_only(simulation))
+        packed = packs_float(self.weights, simulation)
         form, weights = simulation, list[Weight]()
         if simulation.dialect in DIALECTS:
             form, weights = float_weights(simulation)

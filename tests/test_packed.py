@@ -131,12 +131,13 @@ def test_ranges_found_at_run_time(tmp_path: Path) -> None:
 def test_openvino_packed_and_fast(form: tuple[str, Path]) -> None:
     pytest.importorskip("openvino")
     kind, folder = form
-    packed, fast = (written(folder, Openvino(name=f"openvino-{w}", weights=w)) for w in (None, "fast"))
+    packed, default = (written(folder, Openvino(name=f"openvino-{w}", weights=w)) for w in ("packed", None))
     assert stored_bytes(packed, "int4") == sum(PACKED_BYTES.values())
     assert stored_bytes(packed, "int8") == FIRST_BYTES
-    assert stored_bytes(fast, "int4") == 0
+    assert stored_bytes(default, "int4") == (sum(PACKED_BYTES.values()) if kind == "float" else 0)
     if kind == "static":
-        assert "4 Convolution, 1 FullyConnected in 8 bits" in said(packed)
+        assert "4 Convolution" in said(packed)
+        assert "4 Convolution, 1 FullyConnected in 8 bits" in said(default)
 
 
 def test_tflite_packs_weights_beside_float_activations(form: tuple[str, Path]) -> None:
