@@ -1,6 +1,6 @@
 """Weights of 4 bits in OpenVINO: constants of type i4, two values in a byte.
 
-The CPU engine makes bytes of them when it compiles the model, and runs the same 8-bit operators as with int8 constants.
+The CPU engine takes them, and computes the layers that read them in float, also between rounded activations.
 """
 
 from __future__ import annotations

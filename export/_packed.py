@@ -45,7 +45,7 @@ def packs(weights: str | None, simulation: Graph) -> bool:
 
 
 def packs_float(weights: str | None, simulation: Graph) -> bool:
-    """Whether to pack for an engine that is as fast with packed weights only where activations are float."""
+    """Whether to pack for an engine that computes in float with packed weights, or cannot have both."""
     return weights == PACKED or (weights is None and weights_only(simulation))
 
 
@@ -85,11 +85,12 @@ def planned(simulation: Graph) -> dict[str, Array]:
     return found
 
 
-def hold_packed(stored: Iterable[Array], simulation: Graph) -> list[str]:
+def hold_packed(stored: Iterable[Array], simulation: Graph, integers_too: bool = False) -> list[str]:
     """Every weight that fits 4 bits lies in the file in 4 bits; what that brings, as a sentence.
 
     Args:
         stored: the values of the file's tensors of 4 bits.
+        integers_too: packed weights keep no operator from being computed in integers.
 
     Raises:
         ParityError: some do not; says which.
@@ -101,7 +102,8 @@ def hold_packed(stored: Iterable[Array], simulation: Graph) -> list[str]:
             raise ParityError(f"{name!r} is planned in 4 bits, the file holds it otherwise")
     if not wanted:
         return []
-    return [f"{len(wanted)} weights lie in 4 bits{': smaller, not faster' if weights_only(simulation) else ''}"]
+    smaller = weights_only(simulation) or not integers_too
+    return [f"{len(wanted)} weights lie in 4 bits{': smaller, not faster' if smaller else ''}"]
 
 
 def _fingerprint(integers: Array) -> str:

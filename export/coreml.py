@@ -104,5 +104,5 @@ class Coreml(Exporter):
         function = read(package)
         hold_integers(function, simulation)
         found = census(function, half)
-        notes = hold_packed(packed_values(function), simulation) if self._packed else []
+        notes = hold_packed(packed_values(function), simulation, integers_too=True) if self._packed else []
         return replace(found, notes=(*found.notes, *notes))

@@ -75,7 +75,8 @@ class Onnx(Exporter):
         if simulation.dialect in TARGETS[self.target].forms.values():
             hold_integers(folder / MODEL, simulation)
             notes += [*fused(folder / MODEL, simulation), *here(self.target)[1], *transposed(simulation)]
-            notes += hold_packed(packed_values(folder / MODEL), simulation) if packs(self.weights, simulation) else []
+            if packs(self.weights, simulation):
+                notes += hold_packed(packed_values(folder / MODEL), simulation, integers_too=True)
         return census(folder / MODEL, notes)
 
     def _model(self, simulation: Graph) -> onnx.ModelProto:

@@ -49,8 +49,8 @@ class Openvino(Exporter):
 
     Attributes:
         weights: how weights of 4 bits are stored: ``packed``, two in a byte (i4), or ``fast``, the same values in bytes
-            (i8). Left out: ``packed`` where activations are float, else ``fast``. Between 8-bit activations the CPU
-            engine runs convolutions with packed weights as it does those with bytes, but not linear layers.
+            (i8). Left out: ``packed`` where activations are float, else ``fast``: the CPU engine computes layers with
+            packed weights in float.
     """
 
     format: ClassVar[str] = "openvino"
