@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,12 @@ from edgepack.compress._equalize import equalize, pairs
 from edgepack.compress._gains import merge_gains
 from edgepack.compress._gptq import round_in_turn, second_moments
 from edgepack.compress._graph import GraphView, argument, named, operator_of, owner_path, shape
-from edgepack.compress._grid import TOP, round_to, weight_scale
+from edgepack.compress._grid import round_to, top, weight_scale
 from edgepack.compress._norms import fold_norms
 from edgepack.compress._observe import batches, observe_channels, observe_ends, observe_histograms
 from edgepack.compress._operators import WEIGHTED, aten, floating, fused, only_reader, passes, slope, word
 from edgepack.compress._ranges import METHODS, Histogram
-from edgepack.compress._saturation import SEVEN, Saturation
+from edgepack.compress._saturation import Saturation
 from edgepack.compress._sensitivity import Sensitivity, remember, sentences
 from edgepack.compress._smooth import norms, smooth
 from edgepack.errors import InputError, Unsupported
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from edgepack.task import Task
 
 OTHERS = ("minmax", "percentile")  # read from a histogram in no time
-BITS = 8
+BITS = 8  # of activations, and of what the options say nothing of
+INPUT = "input:"  # before the names of inputs in the plan
 NAMED = 8  # layers that a note lists
 BIAS_STEPS = 2.0**26  # a bias is at most this many steps of its 32-bit grid
 CONVOLUTIONS = tuple(operator for operator in WEIGHTED if operator is not aten.linear)
@@ -51,7 +53,7 @@ class Quantizing:
     run_: Run
     left: dict[str, str] = field(default_factory=dict)
     seen: dict[str, Histogram] = field(default_factory=dict)
-    seven: set[str] = field(default_factory=set)
+    bits: dict[str, int] = field(default_factory=dict)
 
     def run(self, module: nn.Module) -> nn.Module:
         module = self._fold(module)
@@ -112,7 +114,7 @@ class Quantizing:
             return None if pair is None else _step(*pair)
 
         emulation = Emulation(graph.program.module(check_guards=False), before, _fake(ranges, names))
-        found = Saturation({name: scale for name, scale in scales.items() if name not in self.seven}, grid)
+        found = Saturation({name: scale for name, scale in scales.items() if self.bits[name] == BITS}, grid)
         step = self._progress("looking for products that saturate")
         with torch.no_grad():
             for inputs in batches(graph, self.task):
@@ -121,11 +123,12 @@ class Quantizing:
         shared = {id(scales[name]): 2 * scales[name] for name in found.found}
         for name in [name for name, scale in scales.items() if id(scale) in shared]:
             scales[name] = shared[id(scales[name])]
-            self.seven.add(name)
+            self.bits[name] = BITS - 1
         return bool(found.found)
 
     def _name_narrow(self, graph: Graph, rounded: int) -> None:
-        paths = [owner_path(node) or node.name for node in graph.program.graph.nodes if node.name in self.seven]
+        nodes = [node for node in graph.program.graph.nodes if self.bits.get(node.name) == BITS - 1]
+        paths = [owner_path(node) or node.name for node in nodes]
         names = f": {', '.join(paths[:NAMED])}" if paths else ""
         more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
         self.run_.note(
@@ -206,9 +209,9 @@ class Quantizing:
         if weight is None:
             return
         moments = second_moments(node, read, weight) if self.options.rounding == "gptq" else None
-        scale = scales[node.name]
-        top = SEVEN if node.name in self.seven else TOP
-        weight.copy_(round_to(weight, scale, top) if moments is None else round_in_turn(weight, scale, moments, top))
+        scale, largest = scales[node.name], top(self.bits[node.name])
+        whole = round_to(weight, scale, largest) if moments is None else round_in_turn(weight, scale, moments, largest)
+        weight.copy_(whole)
 
     def _scales(
         self, module: nn.Module, graph: Graph, ranges: Mapping[str, Range]
@@ -216,7 +219,7 @@ class Quantizing:
         """Node → scale per output channel; the first node that reads a weight → the weight."""
         tensors = _parameters(module, graph)
         scales: dict[str, Tensor] = {}
-        done: dict[int, Tensor] = {}
+        done: dict[int, tuple[Tensor, int]] = {}
         weights: dict[str, Tensor] = {}
         names = _inputs(graph)
         for node in graph.program.graph.nodes:
@@ -232,10 +235,10 @@ class Quantizing:
             assert weight is not None
             if id(weight) not in done:
                 bias = tensors.get(getattr(argument(node, "bias"), "name", ""))
-                floor = _floor(bias, ranges[source])
-                done[id(weight)] = weight_scale(weight, floor)
+                bits = BITS if source.startswith(INPUT) else self.options.stored_bits
+                done[id(weight)] = weight_scale(weight, _floor(bias, ranges[source]), top(bits)), bits
                 weights[node.name] = weight.data
-            scales[node.name] = done[id(weight)]
+            scales[node.name], self.bits[node.name] = done[id(weight)]
         if not scales:
             raise Unsupported("quantize: there is no convolution or linear layer to round", "leave the pass out")
         return scales, weights
@@ -261,7 +264,7 @@ class Quantizing:
                 low, high = ranges[name]
                 entry["range"] = {"low": low, "high": high, "bits": BITS}
             if node.name in scales:
-                entry["weight"] = {"bits": 7 if node.name in self.seven else BITS, "axis": 0}
+                entry["weight"] = {"bits": self.bits[node.name], "axis": 0}
                 if form != "static":
                     entry["activations"] = form
                 plan.tensors[f"{node.name}/weight_scale"] = scales[node.name].numpy()
@@ -270,7 +273,9 @@ class Quantizing:
             plan.nodes[name] = entry
         if missing := (set(scales) | set(ranges)) - set(plan.nodes):
             raise AssertionError(f"captured again, the network lacks {sorted(missing)}")
-        self.run_.note(f"8-bit weights in {len(scales)} layers, {len(self.left)} left in float")
+        counts = Counter(max(self.bits[name], self.options.stored_bits) for name in scales)
+        said = ", ".join(f"{bits}-bit weights in {count} layers" for bits, count in sorted(counts.items()))
+        self.run_.note(f"{said}, {len(self.left)} left in float")
 
     def _activations(self, ranges: Mapping[str, Range], graph: Graph) -> Callable[[fx.Node, Tensor], Tensor]:
         """What rounding of activations does to the layers behind it, as far as it is the same for all engines."""
@@ -287,7 +292,7 @@ def _inputs(graph: Graph) -> dict[str, str]:
     """Placeholder → its name in the plan, ``input:NAME``; torch has other words for some placeholders."""
     module = graph.program.module(check_guards=False)
     placeholders = [node.name for node in module.graph.nodes if node.op == "placeholder"]
-    plan = [f"input:{spec.name}" for spec in graph.inputs]
+    plan = [f"{INPUT}{spec.name}" for spec in graph.inputs]
     return dict(zip((*placeholders, *graph.program.graph_signature.user_inputs), plan * 2, strict=True))
 
 

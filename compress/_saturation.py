@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 LOWEST, HIGHEST = -(2**15), 2**15 - 1
 LARGEST = 255  # of an activation
-SEVEN = 63  # the largest 7-bit weight
 CHUNK = 1 << 24  # products at once
 
 

@@ -1,4 +1,4 @@
-"""Eight-bit weights and activations after training."""
+"""Weights and activations of few bits, after training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROUNDINGS = ("nearest", "gptq")
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize(Pass):
-    """Round the weights of convolutions and linear layers to 8 bits and find the ranges of activations.
+    """Round the weights of convolutions and linear layers to 8 or 4 bits and find the ranges of activations.
 
     ::
 
@@ -32,7 +32,8 @@ class Quantize(Pass):
 
     Attributes:
         bits: of weights and activations; 8, also when nothing is said.
-        weight_bits: instead of ``bits``: of weights; 8.
+        weight_bits: instead of ``bits``: of weights; 8 or 4. With 4, layers that read an input of the network keep 8:
+            they hold few weights, and all else depends on them.
         activation_bits: with ``weight_bits``: of activations; 8, or left out to leave them float: files of a quarter
             of the size that compute in float.
         activations: ``static``: ranges are fixed now, from ``task.calibration``. ``dynamic``: linear layers find the
@@ -80,6 +81,8 @@ class Quantize(Pass):
             raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}, not {self.rounding!r}")
         if self.target not in (None, *TARGETS):
             raise ValueError(f"target is {', '.join(map(repr, TARGETS))} or left out, not {self.target!r}")
+        if self.target is not None and self.stored_bits != 8:
+            raise ValueError(f"target = {self.target!r} is for 8-bit weights: products of 4-bit ones do not saturate")
         if self.target is not None and self.form != "static":
             raise ValueError(f"target = {self.target!r} needs activations in fixed ranges: activations = 'static'")
         if isinstance(self.leave, str) or not all(isinstance(name, str) and name for name in self.leave):
@@ -88,12 +91,19 @@ class Quantize(Pass):
 
     def _check_bits(self) -> None:
         for name in ("bits", "weight_bits", "activation_bits"):
-            if getattr(self, name) not in (None, 8):
-                raise ValueError(f"{name} is 8, not {getattr(self, name)!r}")
+            allowed = (4, 8) if name == "weight_bits" else (8,)
+            if getattr(self, name) not in (None, *allowed):
+                said = " or ".join(map(str, allowed))
+                raise ValueError(f"{name} is {said}, not {getattr(self, name)!r}")
         if self.bits is not None and (self.weight_bits is not None or self.activation_bits is not None):
             raise ValueError("bits is for weights and activations; give it, or weight_bits with activation_bits")
         if self.activation_bits is not None and self.weight_bits is None:
             raise ValueError("activation_bits needs weight_bits")
+
+    @property
+    def stored_bits(self) -> int:
+        """Of a weight."""
+        return self.weight_bits or self.bits or 8
 
     @property
     def form(self) -> str:

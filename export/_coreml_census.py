@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ def census(function: Any, half: bool) -> Census:
     if operators["batch_norm"]:
         notes.append(f"{operators['batch_norm']} batch_norm operators are left; the pass fold may help")
     return Census(dict(operators), dict(weights), tuple(notes), tuple(item for item in contents if item is not None))
+
+
+def packed_values(function: Any) -> Iterator[np.ndarray[Any, Any]]:
+    """The values of a package's constants of 4 bits."""
+    for operator in function.operations:
+        if operator.op_type == "const" and _stored(operator.outputs[0])[0] == "int4":
+            yield np.asarray(operator.outputs[0].val).astype(np.int8)
 
 
 def _is_wide(operator: Any) -> bool:

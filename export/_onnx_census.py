@@ -23,5 +23,6 @@ def census(path: Path, notes: Sequence[str]) -> Census:
         weights[dtype or str(helper.tensor_dtype_to_np_dtype(tensor.data_type))] += len(tensor.raw_data)
     if left := operators["BatchNormalization"]:
         notes = [*notes, f"{left} BatchNormalization nodes are left; the pass fold may help"]
-    keys = (contents.key(numpy_helper.to_array(tensor)) for tensor in model.graph.initializer)
+    arrays = (numpy_helper.to_array(tensor) for tensor in model.graph.initializer)
+    keys = (contents.key(array.astype("int8") if array.dtype.name == "int4" else array) for array in arrays)
     return Census(dict(operators), dict(weights), tuple(notes), tuple(filter(None, keys)))

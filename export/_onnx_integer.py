@@ -114,7 +114,7 @@ def name_pools(graph: onnx.GraphProto) -> None:
 
 
 def hold_integers(path: Path, simulation: Graph) -> None:
-    """Every operator that was planned in integers reads an int8 weight of the file.
+    """Every operator that was planned in integers reads an int8 (or packed int4) weight of the file.
 
     Raises:
         ParityError: the file holds fewer; says how many.
@@ -123,7 +123,8 @@ def hold_integers(path: Path, simulation: Graph) -> None:
     from onnx import TensorProto
 
     model = onnx.load_model_from_string(path.read_bytes())
-    integers = {tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT8}
+    kinds = (TensorProto.INT8, TensorProto.INT4)
+    integers = {tensor.name for tensor in model.graph.initializer if tensor.data_type in kinds}
     makers = {name: node for node in model.graph.node for name in node.output}
     found = sum(
         _reads_integers(node, makers, integers)

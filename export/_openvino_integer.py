@@ -29,7 +29,7 @@ INTEGER = ("i8", "u8")
 
 
 def hold_integers(ov: Any, path: Path, simulation: Graph) -> list[str]:
-    """Every operator that was planned in integers reads an 8-bit weight; what the engine here runs, as a sentence.
+    """Every operator planned in integers reads a weight of 8 or 4 bits; what the engine here runs, as a sentence.
 
     Raises:
         ParityError: the file holds fewer; says how many.
@@ -87,10 +87,15 @@ def _compare(planned: Counter[str], found: Counter[str], kinds: Mapping[str, tup
 
 
 def _reads_integers(node: Any) -> bool:
-    """Whether a chain of constants, conversions and scales behind the second input starts from 8 bits."""
+    """Whether a chain of constants, conversions and scales behind the second input starts from 8 or 4 bits."""
     if node.get_input_size() < 2:
         return False
     source = node.input_value(1).get_node()
     while source.get_type_name() in ("Multiply", "Subtract", "Convert", "Reshape", "Transpose", "FakeQuantize"):
         source = source.input_value(0).get_node()
-    return source.get_type_name() == "Constant" and source.get_element_type().to_string() in ("i8", "u8", "int8_t")
+    return source.get_type_name() == "Constant" and source.get_element_type().to_string() in (
+        "i4",
+        "i8",
+        "u8",
+        "int8_t",
+    )

@@ -62,7 +62,8 @@ def _weights(schema: Any, model: Any) -> tuple[dict[str, int], tuple[str, ...]]:
             if values is None:
                 continue
             seen.add(tensor.buffer)
-            weights[names[tensor.type].name] += values.nbytes
+            name = "int4" if tensor.type == schema.TensorType.INT4 else names[tensor.type].name
+            weights[name] += len(model.buffers[tensor.buffer].data)
             if (key := contents.key(values)) is not None:
                 keys.append(key)
     return dict(weights), tuple(keys)

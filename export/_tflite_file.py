@@ -16,6 +16,7 @@ import numpy as np
 from edgepack.contracts import Graph
 from edgepack.errors import Unsupported, require
 from edgepack.export._dialects import exact_half
+from edgepack.export._packed import unpacked
 from edgepack.export._tflite_packing import Blob, packed
 
 METADATA = "edgepack"
@@ -157,19 +158,22 @@ def _described(graph: Graph) -> bytes:
 
 
 def constant(schema: Any, model: Any, tensor: Any) -> np.ndarray[Any, Any] | None:
-    """A stored tensor's values; None for a computed one, or a dtype that NumPy lacks."""
+    """A stored tensor's values, those of 4 bits as int8; None for a computed one, or a dtype that NumPy lacks."""
     data = model.buffers[tensor.buffer].data
     dtype = dtypes(schema).get(tensor.type)
     if data is None or len(data) == 0 or dtype is None:
         return None
     shape = [] if tensor.shape is None else [int(size) for size in tensor.shape]
+    if tensor.type == schema.TensorType.INT4:
+        return unpacked(np.asarray(data, np.uint8), shape)
     return np.asarray(data, np.uint8).view(dtype).reshape(shape)
 
 
 def dtypes(schema: Any) -> dict[int, np.dtype[Any]]:
     """TFLite's number of a type → NumPy's."""
     names = ("FLOAT32", "FLOAT16", "FLOAT64", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT32", "BOOL")
-    return {getattr(schema.TensorType, name): np.dtype(name.lower()) for name in names}
+    found = {getattr(schema.TensorType, name): np.dtype(name.lower()) for name in names}
+    return {**found, schema.TensorType.INT4: np.dtype(np.int8)}  # unpacked
 
 
 def _bytes(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -191,7 +191,7 @@ def hold_integers(data: bytes, weights: Sequence[Weight]) -> None:
 
 
 def _stored(schema: Any, model: Any) -> Iterator[tuple[str, str]]:
-    """How each operator of the file reads an 8-bit weight, and the weight's fingerprint."""
+    """How each operator of the file reads a weight of 8 or 4 bits, and the weight's fingerprint."""
     words = {number: name for name, number in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
     (main,) = model.subgraphs
     origins = {}
@@ -204,7 +204,7 @@ def _stored(schema: Any, model: Any) -> Iterator[tuple[str, str]]:
             continue
         read, place = (int(tensor) for tensor in step.inputs[:2])
         weight = main.tensors[origins.get(place, place)]
-        if weight.type != schema.TensorType.INT8:
+        if weight.type not in (schema.TensorType.INT8, schema.TensorType.INT4):
             continue
         integer = main.tensors[read].type == schema.TensorType.INT8
         form = "static" if integer else "float" if place in origins else "dynamic"

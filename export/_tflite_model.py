@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from edgepack.export._packed import fits, nibbles
 from edgepack.export._tflite_file import constant
 
 Array = np.ndarray[Any, Any]
@@ -20,11 +21,13 @@ class Model:
     Attributes:
         schema: the classes of the format.
         model: the whole model.
+        packed: store weights that fit 4 bits two in a byte.
         shared: new constants, by the one they stand for and their scales.
     """
 
     schema: Any
     model: Any
+    packed: bool = False
     shared: dict[tuple[int, str], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -50,7 +53,9 @@ class Model:
     def constant(self, integers: Array, scale: Array, axis: int, place: int) -> int:
         key = (place, scale.tobytes().hex())
         if key not in self.shared:
-            self.shared[key] = self.tensor(list(integers.shape), self.kinds.INT8, (scale, axis), integers)
+            four = self.packed and fits(integers)
+            kind, values = (self.kinds.INT4, nibbles(integers)) if four else (self.kinds.INT8, integers)
+            self.shared[key] = self.tensor(list(integers.shape), kind, (scale, axis), values)
         return self.shared[key]
 
     def numbers(self, values: Array) -> int:
@@ -90,7 +95,7 @@ class Model:
 
     def dequantize(self, source: int, target: int) -> Any:
         operator = self.schema.OperatorT()
-        operator.opcodeIndex = self.code("DEQUANTIZE", 2)
+        operator.opcodeIndex = self.code("DEQUANTIZE", 6 if self.type(source) == self.kinds.INT4 else 2)
         operator.inputs, operator.outputs = [source], [target]
         operator.builtinOptionsType = self.schema.BuiltinOptions.DequantizeOptions
         operator.builtinOptions = self.schema.DequantizeOptionsT()

@@ -43,9 +43,9 @@ VERSIONS = {
 HYBRID_VERSIONS = {"CONV_2D": 5, "DEPTHWISE_CONV_2D": 6, "FULLY_CONNECTED": 12}
 
 
-def quantize(schema: Any, model: Any, weights: Sequence[Weight]) -> None:
-    """Change a model in place."""
-    _Rewriter(Model(schema, model), weights).run()
+def quantize(schema: Any, model: Any, weights: Sequence[Weight], packed: bool = False) -> None:
+    """Change a model in place; ``packed`` stores weights that fit 4 bits two in a byte."""
+    _Rewriter(Model(schema, model, packed), weights).run()
 
 
 @dataclass(eq=False)

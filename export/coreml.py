@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from edgepack.artifact import reserve
 from edgepack.contracts import Census, Exporter, Graph
+from edgepack.export._packed import PACKED, check_form, hold_packed, require_four
 from edgepack.graph import fixed_batch
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Coreml(Exporter):
         precision: ``plan`` (default): bytes where the plan has them, float16 elsewhere; ``float16`` or ``float32``
             whatever the plan says.
         activations: ``plan``, or ``float`` to take only the weights' bytes from a plan.
+        weights: how weights of 4 bits are stored: ``packed``, two in a byte (int4, which iOS18 is the first to read),
+            or ``fast``, the same values in bytes, for the systems before. Left out, ``target`` decides.
     """
 
     format: ClassVar[str] = "coreml"
@@ -51,6 +54,7 @@ class Coreml(Exporter):
     target: str = "iOS17"
     activations: str = "plan"
     largest: int = 4096
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,6 +64,17 @@ class Coreml(Exporter):
             raise ValueError(f"activations is 'plan' or 'float', not {self.activations!r}")
         if self.largest < 1:
             raise ValueError(f"largest is at least 1, not {self.largest}")
+        check_form(self.weights)
+        if self.weights is not None and (self.weights == PACKED) != self._packed:
+            raise ValueError(
+                f"weights = {self.weights!r} is for {'iOS18' if self.weights == PACKED else 'iOS17 or older'}"
+                f", and target is {self.target!r}"
+            )
+
+    @property
+    def _packed(self) -> bool:
+        """Whether weights of 4 bits are stored in 4 bits; coremltools does so wherever the target can read them."""
+        return self.target == "iOS18"
 
     def lower(self, graph: Graph, plan: Plan) -> Graph:
         from edgepack.export._coreml_half import on_half_grid, round_constants
@@ -68,13 +83,15 @@ class Coreml(Exporter):
         fixed = fixed_batch(graph)
         if self.precision == "float32":
             return fixed
+        if self.precision == "plan":
+            require_four(plan, self.weights, self.format)
         if self.precision == "float16" or not plan.nodes:
             return replace(on_half_grid(fixed), dialect="float16")
         simulation = simulated(fixed, plan, self.activations == "float", self.target)
         return replace(round_constants(simulation), dialect=simulation.dialect)
 
     def write(self, simulation: Graph, folder: Path) -> Census:
-        from edgepack.export._coreml_census import census, read
+        from edgepack.export._coreml_census import census, packed_values, read
         from edgepack.export._coreml_form import convert
         from edgepack.export._coreml_integer import hold_integers
         from edgepack.export._coreml_package import finish
@@ -86,4 +103,6 @@ class Coreml(Exporter):
         finish(package, simulation, self.largest, describe=self.normalize)
         function = read(package)
         hold_integers(function, simulation)
-        return census(function, half)
+        found = census(function, half)
+        notes = hold_packed(packed_values(function), simulation, integers_too=True) if self._packed else []
+        return replace(found, notes=(*found.notes, *notes))

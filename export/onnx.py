@@ -12,8 +12,11 @@ from edgepack.export._dialects import lower_float
 from edgepack.export._onnx_census import census
 from edgepack.export._onnx_form import LIMIT_BYTES, to_onnx
 from edgepack.export._onnx_integer import TARGETS, fused, here, hold_integers, name_pools
+from edgepack.export._onnx_packed import OPSET as PACKED_OPSET
+from edgepack.export._onnx_packed import pack, packed_values
 from edgepack.export._onnx_products import translations, use_casts, use_integer_products
 from edgepack.export._onnx_slim import slim, store_half
+from edgepack.export._packed import check_form, hold_packed, packs, planned, require_four
 from edgepack.export._qdq import quantized, transposed
 
 if TYPE_CHECKING:
@@ -32,12 +35,17 @@ class Onnx(Exporter):
         opset: operator set of the file, 18 to 23.
         target: processors that integer files are for: ``x86`` (unsigned activations) or ``arm`` (signed ones, which
             64-bit ARM multiplies faster). Either kind runs on both.
+        weights: how weights of 4 bits are stored. ``packed``, the default but for ranges found at run time: two in a
+            byte (INT4, which needs operator set 21, so an older ``opset`` is raised). ONNX Runtime makes bytes of them
+            when it loads the file, and then runs the same operators as with ``fast``: the same values in bytes, for
+            engines without INT4.
     """
 
     format: ClassVar[str] = "onnx"
 
     opset: int = 20
     target: str = "x86"
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,8 +53,11 @@ class Onnx(Exporter):
             raise ValueError(f"opset is {OPSETS[0]} to {OPSETS[-1]}, not {self.opset}")
         if self.target not in TARGETS:
             raise ValueError(f"target is 'x86' or 'arm', not {self.target!r}")
+        check_form(self.weights)
 
     def lower(self, graph: Graph, plan: Plan) -> Graph:
+        if self.precision == "plan":
+            require_four(plan, self.weights, self.format)
         if self.precision == "plan" and plan.nodes:
             return quantized(graph, plan, here(self.target)[0])
         return lower_float(graph, self.precision)
@@ -64,15 +75,21 @@ class Onnx(Exporter):
         if simulation.dialect in TARGETS[self.target].forms.values():
             hold_integers(folder / MODEL, simulation)
             notes += [*fused(folder / MODEL, simulation), *here(self.target)[1], *transposed(simulation)]
+            if packs(self.weights, simulation):
+                notes += hold_packed(packed_values(folder / MODEL), simulation, integers_too=True)
         return census(folder / MODEL, notes)
 
     def _model(self, simulation: Graph) -> onnx.ModelProto:
         forms = TARGETS[self.target].forms
-        model = to_onnx(simulation, self.opset, translations() if simulation.dialect == forms["dynamic"] else None)
+        packed = simulation.dialect in forms.values() and packs(self.weights, simulation) and bool(planned(simulation))
+        opset = max(self.opset, PACKED_OPSET) if packed else self.opset
+        model = to_onnx(simulation, opset, translations() if simulation.dialect == forms["dynamic"] else None)
         if simulation.dialect == forms["dynamic"]:
             use_integer_products(model)
         if simulation.dialect != forms["static"] and simulation.dialect in forms.values():
             use_casts(model)
+        if packed:
+            pack(model)
         return model
 
 

@@ -22,7 +22,9 @@ from edgepack.export._dialects import exact_half, lower_float
 from edgepack.export._onnx_form import to_onnx
 from edgepack.export._openvino_dynamic import describe, require_rounding, simulated, unrounded
 from edgepack.export._openvino_integer import OPENVINO, drop_zeros, hold_integers, set_group
+from edgepack.export._openvino_packed import pack, packed_values, values
 from edgepack.export._openvino_slim import slim
+from edgepack.export._packed import check_form, hold_packed, packs_float, require_four
 from edgepack.export._qdq import transposed
 
 if TYPE_CHECKING:
@@ -44,11 +46,24 @@ class Openvino(Exporter):
 
     Where a plan has linear layers round at run time, the CPU engine does that by itself, in groups of a row's values
     whose size the file names; convolutions then read ranges from calibration.
+
+    Attributes:
+        weights: how weights of 4 bits are stored: ``packed``, two in a byte (i4), or ``fast``, the same values in bytes
+            (i8). Left out: ``packed`` where activations are float, else ``fast``: the CPU engine computes layers with
+            packed weights in float.
     """
 
     format: ClassVar[str] = "openvino"
 
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_form(self.weights)
+
     def lower(self, graph: Graph, plan: Plan) -> Graph:
+        if self.precision == "plan":
+            require_four(plan, self.weights, self.format)
         if self.precision == "plan" and plan.nodes:
             return simulated(graph, plan, OPENVINO)
         return lower_float(graph, self.precision)
@@ -64,8 +79,11 @@ class Openvino(Exporter):
             model = _convert(ov, simulation, fuse=False)
             _store_half(ov, model)
         integers = simulation.dialect in OPENVINO.forms.values()
+        packed = integers and packs_float(self.weights, simulation)
         if integers:
             drop_zeros(model)
+        if packed:
+            pack(ov, model)
         if simulation.dialect in (OPENVINO.forms["float"], OPENVINO.forms["dynamic"]):
             set_group(model, group)
         _name(ov, model, simulation)
@@ -76,6 +94,8 @@ class Openvino(Exporter):
         ov.save_model(model, folder / MODEL, compress_to_fp16=False)
         slim(folder / MODEL, {spec.name for spec in (*simulation.inputs, *simulation.outputs)})
         notes = [*hold_integers(ov, folder / MODEL, simulation), *transposed(simulation)] if integers else []
+        if packed:
+            notes += hold_packed(packed_values(ov, folder / MODEL), simulation)
         if group:
             notes += describe(simulation, group)
         return _census(ov, folder / MODEL, notes)
@@ -183,11 +203,11 @@ def _census(ov: Any, path: Path, found: Sequence[str] = ()) -> Census:
     constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
     weights: Counter[str] = Counter()
     for node in constants:
-        weights[node.get_element_type().to_dtype().name] += node.get_byte_size()
+        kind = node.get_element_type()
+        weights["int4" if kind == ov.Type.i4 else kind.to_dtype().name] += node.get_byte_size()
     left = operators["BatchNormInference"]
     notes = tuple(found)
     if left:
         notes += (f"{left} BatchNormInference nodes are left; the pass fold may help",)
-    return Census(
-        dict(operators), dict(weights), notes, tuple(filter(None, (contents.key(node.data) for node in constants)))
-    )
+    keys = (contents.key(values(node)) for node in constants)
+    return Census(dict(operators), dict(weights), notes, tuple(filter(None, keys)))

@@ -186,7 +186,7 @@ def test_values_that_a_norm_hands_on_unrounded(tmp_path: Path) -> None:
     [
         ({"bits": 8, "weight_bits": 8}, "bits is for weights and activations; give it, or weight_bits"),
         ({"activation_bits": 8}, "activation_bits needs weight_bits"),
-        ({"weight_bits": 5}, "weight_bits is 8, not 5"),
+        ({"weight_bits": 5}, "weight_bits is 4 or 8, not 5"),
         ({"weight_bits": 8, "activations": "dynamic"}, "weight_bits without activation_bits leaves them float"),
         ({"activations": "now"}, "activations is one of static, dynamic, auto, not 'now'"),
     ],
