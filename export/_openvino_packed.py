@@ -22,7 +22,8 @@ def pack(ov: Any, model: Any) -> None:
         if node.get_type_name() != "Constant" or node.get_element_type() != ov.Type.i8 or not fits(node.data):
             continue
         data = nibbles(node.data)
-        constant = ov.op.Constant(ov.Tensor(data, ov.Shape(list(node.data.shape)), ov.Type.i4))
+        tensor = ov.Tensor(data, ov.Shape(list(node.data.shape)), ov.Type.i4)
+        constant = ov.op.Constant(tensor, shared_memory=False)  # shared memory is gone before the file is written
         node.output(0).replace(constant.output(0))
 
 

@@ -202,3 +202,18 @@ def test_a_wrong_sign_in_a_packed_weight_is_found(static: Path, monkeypatch: pyt
     monkeypatch.setattr(_onnx_packed, "nibbles", wrong)
     with pytest.raises(ParityError, match=r"first operator that diverges: .*square"):
         export(static, [Onnx(name="wrong")], Silent())
+
+
+def test_packed_constants_of_openvino_own_their_memory() -> None:
+    """Many, so that memory which a constant only borrowed would have been given to others."""
+    ov = pytest.importorskip("openvino")
+    from edgepack.export._openvino_packed import pack, values
+
+    wanted = np.random.default_rng(0).integers(-7, 8, (40, 16, 16, 3, 3)).astype(np.int8)
+    x = ov.opset13.parameter([16, 16, 3, 3], np.int8)
+    model = ov.Model([ov.opset13.add(x, ov.opset13.constant(array)) for array in wanted], [x])
+    pack(ov, model)
+    again = [np.zeros(16 * 16 * 9 // 2, np.uint8) for _ in range(400)]
+    found = [values(node) for node in model.get_ops() if node.get_type_name() == "Constant"]
+    assert len(again) == 400
+    assert {array.tobytes() for array in found} == {array.tobytes() for array in wanted}
