@@ -20,8 +20,6 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_page_is_what_the_results_say(script: Any) -> None:
-    if not script.STORED.exists():
-        pytest.skip("nothing is stored yet: python benchmarks/four_bits.py")
     stored = json.loads(script.STORED.read_text())
     assert script.DOCUMENT.read_text(encoding="utf-8") == script.document(stored)
 
