@@ -46,6 +46,8 @@ class Plan:
 
         try:
             words: Mapping[str, Any] = json.loads((folder / WORDS).read_text(encoding="utf-8"))
-            return cls(dict(words["nodes"]), dict(load((folder / TENSORS).read_bytes())))
+            tensors = load((folder / TENSORS).read_bytes())
+            # the library gives them in another order each time
+            return cls(dict(words["nodes"]), {name: tensors[name] for name in sorted(tensors)})
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise InputError(f"{folder}: the plan cannot be read: {error}") from error
