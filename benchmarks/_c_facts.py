@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -83,26 +82,25 @@ def _joined(spans: Iterator[tuple[int, int]]) -> list[list[int]]:
     return found
 
 
-def on_processors(artifact: Artifact) -> Iterator[Row]:
+def on_processors(artifact: Artifact, work: Path) -> Iterator[Row]:
     """The self-test and the instructions of one call, on every processor that can be emulated here."""
+    work.mkdir(parents=True, exist_ok=True)
     for processor in _emulated.PROCESSORS:
         lacking = processor.missing()
-        yield {"processor": processor.name, **({"why": lacking} if lacking else _counted(processor, artifact))}
+        yield {"processor": processor.name, **({"why": lacking} if lacking else _counted(processor, artifact, work))}
 
 
-def _counted(processor: _emulated.Processor, artifact: Artifact) -> Row:
-    with tempfile.TemporaryDirectory() as place:
-        work = Path(place)
-        program = processor.build(artifact.folder, work / "selftest")
-        done = processor.run(program)
-        difference = re.search(r"largest difference (\S+) of", done.stdout)
-        assert difference is not None, done.stderr
-        return {
-            "passed": done.returncode == 0,
-            "max_rel": float(difference.group(1)),
-            "instructions": processor.instructions(program, _emulated.plugin(work)),
-            "size_bytes": processor.reachable_bytes(artifact.folder, work),
-        }
+def _counted(processor: _emulated.Processor, artifact: Artifact, work: Path) -> Row:
+    program = processor.build(artifact.folder, work)
+    done = processor.run(program)
+    difference = re.search(r"largest difference (\S+) of", done.stdout)
+    assert difference is not None, done.stderr
+    return {
+        "passed": done.returncode == 0,
+        "max_rel": float(difference.group(1)),
+        "instructions": processor.instructions(program, _emulated.plugin(work)),
+        "size_bytes": processor.reachable_bytes(artifact.folder, work),
+    }
 
 
 def scored(case: Case) -> Row:

@@ -6,6 +6,7 @@ the same on every run, but a vector instruction counts as one and memory costs n
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import subprocess
@@ -18,6 +19,9 @@ BOARD = ROOT / "examples" / "c" / "cortex-m"
 PLUGIN = Path(__file__).parent / "count_instructions.c"
 FLAGS = ("-std=c99", "-O3", "-ffunction-sections", "-fdata-sections")
 DOT = "-march=armv8.2-a+dotprod"
+SELF_TEST = "selftest.c"
+OWN = ("model.h", "weights.h")  # headers of a network; kernels do not read them
+READERS = ("model.c", "weights.c", SELF_TEST)
 LIMIT_S = 600
 
 
@@ -50,28 +54,38 @@ class Processor:
         )
         return f"needs {' and '.join(lacking)}: apt-get install {packages}" if lacking else None
 
-    def build(self, folder: Path, program: Path) -> Path:
+    def build(self, folder: Path, work: Path) -> Path:
         """Compile a folder of C files to its self-test."""
-        sources = sorted(folder.glob("*.c"))
-        words = [self.compiler, *FLAGS, *self.flags, "-Wl,--gc-sections", "-o", str(program)]
-        words += [f"-D{_prefix(folder)}_PLAIN"] if self.plain else []
-        if self.board:
-            words += ["--specs=rdimon.specs", "-T", str(BOARD / "mps2.ld"), str(BOARD / "startup.c")]
-        else:
-            words.append("-static")
-        subprocess.run([*words, *map(str, sources), "-lm"], check=True, timeout=LIMIT_S)
+        program, objects = work / "selftest", self._objects(folder, work)
+        words = ["--specs=rdimon.specs", "-T", str(BOARD / "mps2.ld"), str(BOARD / "startup.c")] if self.board else []
+        self._link(program, *objects, "-Wl,--gc-sections", *(words or ["-static"]), "-lm")
         return program
 
     def reachable_bytes(self, folder: Path, work: Path) -> int:
         """Code and constants of a program that calls the network alone."""
         part, entry = work / "reachable.o", f"{_prefix(folder).lower()}_run"
-        sources = [str(path) for path in sorted(folder.glob("*.c")) if path.name != "selftest.c"]
-        words = [self.compiler, *FLAGS, *self.flags, "-r", "-nostdlib", f"-Wl,--gc-sections,-e,{entry}"]
-        words += [f"-D{_prefix(folder)}_PLAIN"] if self.plain else []
-        subprocess.run([*words, "-o", str(part), *sources], check=True, timeout=LIMIT_S)
+        objects = [path for path in self._objects(folder, work) if not path.endswith(f"{SELF_TEST}.o")]
+        self._link(part, *objects, "-r", "-nostdlib", f"-Wl,--gc-sections,-e,{entry}")
         size = self.compiler.replace("gcc", "size")
         done = subprocess.run([size, str(part)], check=True, capture_output=True, text=True)
         return sum(map(int, done.stdout.splitlines()[1].split()[:2]))
+
+    def _link(self, to: Path, *words: str) -> None:
+        subprocess.run([self.compiler, *self.flags, "-o", str(to), *words], check=True, timeout=LIMIT_S)
+
+    def _objects(self, folder: Path, work: Path) -> list[str]:
+        """Compiled once per content: networks share their kernels."""
+        words = [self.compiler, *FLAGS, *self.flags, *([f"-D{_prefix(folder)}_PLAIN"] if self.plain else [])]
+        headers = b"".join(path.read_bytes() for path in sorted(folder.glob("*.h")) if path.name not in OWN)
+        found = []
+        for source in sorted(folder.glob("*.c")):
+            own = b"".join((folder / name).read_bytes() for name in OWN) if source.name in READERS else b""
+            key = hashlib.sha256(" ".join(words).encode() + headers + own + source.read_bytes()).hexdigest()[:32]
+            made = work / f"{key}-{source.name}.o"
+            if not made.exists():
+                subprocess.run([*words, "-c", "-o", str(made), str(source)], check=True, timeout=LIMIT_S)
+            found.append(str(made))
+        return found
 
     def run(self, program: Path, *arguments: str, plugin: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Run a program to its end; ``returncode`` is its own."""

@@ -61,14 +61,14 @@ def case_of(name: str, data: Path, work: Path) -> Case:
 
 
 def artifacts(case: Case, form: str) -> tuple[dict[str, Artifact], dict[str, str]]:
-    """The files of a network, and why some formats have none."""
+    """The files of a network by format, and by engine why there is none."""
     made: dict[str, Artifact] = {}
     refused: dict[str, str] = {}
-    for format in FORMATS:
+    for format, (engine, _) in FORMATS.items():
         try:
             made[format] = ours_float(case, format) if form == "float" else ours(case, 0, format, form)
         except ParityError as error:
-            refused[format] = f"exit {error.exit_status}: {error.message}"
+            refused[engine] = f"not written (exit {error.exit_status}): {error.message}"
     return made, refused
 
 
@@ -79,12 +79,19 @@ def runtime(format: str, form: str) -> Runtime:
 
 
 def race(case: Case, form: str, seconds: float) -> dict[str, Any]:
-    """Time the files of one network against each other."""
+    """Time the files of one network against each other, those whose answers are right."""
     made, refused = artifacts(case, form)
     contenders = [Contender(FORMATS[f][0], artifact, runtime(f, form)) for f, artifact in made.items()]
-    profiles = Host().measure(contenders, Settings(max_seconds=seconds, instances=3, cold=False))
+    settings, profiles = Settings(max_seconds=seconds, instances=3, cold=False), list[Profile]()
+    while not profiles:
+        try:
+            profiles = list(Host().measure(contenders, settings))
+        except ParityError as error:
+            engine = error.message.partition(":")[0]
+            refused[engine] = f"not timed: differs{error.message.partition(' differs')[2].partition(', so ')[0]}"
+            contenders = [contender for contender in contenders if contender.label != engine]
     rows = [_row(profile) for profile in profiles]
-    rows += [{"engine": FORMATS[format][0], "why": why} for format, why in refused.items()]
+    rows += [{"engine": engine, "why": why} for engine, why in refused.items()]
     return {"rows": rows, "state": profiles[0].conditions.get("state")}
 
 
@@ -102,7 +109,7 @@ def find_out(stage: str, case: Case, form: str, seconds: float) -> dict[str, Any
     made, _ = artifacts(case, form)
     if stage == "facts":
         return _c_facts.beside(made)
-    return {"emulated": list(_c_facts.on_processors(made["c"]))} if stage == "emulated" else {}
+    return {"emulated": list(_c_facts.on_processors(made["c"], case.work / "emulated"))} if stage == "emulated" else {}
 
 
 def main() -> None:

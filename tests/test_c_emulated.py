@@ -44,10 +44,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
     }
 
 
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all programs: they share compiled kernels."""
+    return tmp_path_factory.mktemp("work")
+
+
 def answer(processor: object, artifact: Artifact, inputs: dict[str, np.ndarray], work: Path) -> np.ndarray:
     if (lacking := processor.missing()) is not None:  # type: ignore[attr-defined]
         pytest.skip(lacking)
-    program = processor.build(artifact.folder, work / "program")  # type: ignore[attr-defined]
+    program = processor.build(artifact.folder, work)  # type: ignore[attr-defined]
     done = processor.run(program)  # type: ignore[attr-defined]
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("self-test of 1 samples: largest difference ")
@@ -58,36 +64,36 @@ def answer(processor: object, artifact: Artifact, inputs: dict[str, np.ndarray],
 
 
 @pytest.mark.parametrize("processor", emulated.PROCESSORS, ids=lambda processor: processor.name)
-def test_integers_are_those_of_the_simulation(processor: object, made: dict[str, Made], tmp_path: Path) -> None:
+def test_integers_are_those_of_the_simulation(processor: object, made: dict[str, Made], work: Path) -> None:
     artifact, simulation = made["integers"]
     inputs = drawn(simulation, 3)
     (wanted,) = run_graph(simulation, inputs).values()
-    np.testing.assert_array_equal(answer(processor, artifact, inputs, tmp_path), wanted.ravel())
+    np.testing.assert_array_equal(answer(processor, artifact, inputs, work), wanted.ravel())
 
 
 @pytest.mark.parametrize("processor", emulated.PROCESSORS, ids=lambda processor: processor.name)
-def test_floats_stay_near_the_simulation(processor: object, made: dict[str, Made], tmp_path: Path) -> None:
+def test_floats_stay_near_the_simulation(processor: object, made: dict[str, Made], work: Path) -> None:
     artifact, simulation = made["float"]
     inputs = drawn(simulation, 3)
     (wanted,) = run_graph(simulation, inputs).values()
-    found = answer(processor, artifact, inputs, tmp_path)
+    found = answer(processor, artifact, inputs, work)
     np.testing.assert_allclose(found, wanted.ravel(), rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
-def test_vectors_and_plain_c_give_the_same_floats(made: dict[str, Made], tmp_path: Path) -> None:
+def test_vectors_and_plain_c_give_the_same_floats(made: dict[str, Made], work: Path) -> None:
     artifact, simulation = made["float"]
-    plain, vectors = (answer(processor, artifact, drawn(simulation), tmp_path) for processor in emulated.PROCESSORS[:2])
+    plain, vectors = (answer(processor, artifact, drawn(simulation), work) for processor in emulated.PROCESSORS[:2])
     np.testing.assert_array_equal(plain, vectors)
 
 
-def test_instructions_are_counted_exactly(made: dict[str, Made], tmp_path: Path) -> None:
+def test_instructions_are_counted_exactly(made: dict[str, Made], work: Path) -> None:
     plain, _, dot = emulated.PROCESSORS[:3]
     if (lacking := plain.missing()) is not None or shutil.which("cc") is None:
         pytest.skip(lacking or "no C compiler: apt-get install gcc")
-    counter, folder = emulated.plugin(tmp_path), made["integers"][0].folder
+    counter, folder = emulated.plugin(work), made["integers"][0].folder
     counts = []
     for processor in (plain, plain, dot):
-        program = processor.build(folder, tmp_path / "program")
+        program = processor.build(folder, work)
         counts.append(processor.instructions(program, counter))
     assert abs(counts[0] - counts[1]) < 0.01 * counts[0]  # printing the time differs
     assert counts[2] < 0.7 * counts[0]
