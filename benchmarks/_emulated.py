@@ -56,15 +56,17 @@ class Processor:
 
     def build(self, folder: Path, work: Path) -> Path:
         """Compile a folder of C files to its self-test."""
-        program, objects = work / "selftest", self._objects(folder, work)
+        objects = self._objects(folder, work)
+        program = _named(work, "selftest", objects)
         words = ["--specs=rdimon.specs", "-T", str(BOARD / "mps2.ld"), str(BOARD / "startup.c")] if self.board else []
         self._link(program, *objects, "-Wl,--gc-sections", *(words or ["-static"]), "-lm")
         return program
 
     def reachable_bytes(self, folder: Path, work: Path) -> int:
         """Code and constants of a program that calls the network alone."""
-        part, entry = work / "reachable.o", f"{_prefix(folder).lower()}_run"
+        entry = f"{_prefix(folder).lower()}_run"
         objects = [path for path in self._objects(folder, work) if not path.endswith(f"{SELF_TEST}.o")]
+        part = _named(work, "reachable", objects)
         self._link(part, *objects, "-r", "-nostdlib", f"-Wl,--gc-sections,-e,{entry}")
         size = self.compiler.replace("gcc", "size")
         done = subprocess.run([size, str(part)], check=True, capture_output=True, text=True)
@@ -111,10 +113,16 @@ class Processor:
         return int(found.group(1))
 
 
+def _named(work: Path, name: str, objects: Sequence[str]) -> Path:
+    """A file of its own for what is made of these objects."""
+    return work / f"{name}-{hashlib.sha256(''.join(objects).encode()).hexdigest()[:16]}"
+
+
 def plugin(work: Path) -> Path:
     """The compiled counter of instructions."""
     made = work / "count_instructions.so"
-    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", str(made), str(PLUGIN)], check=True)
+    if not made.exists():
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", str(made), str(PLUGIN)], check=True)
     return made
 
 
