@@ -87,6 +87,8 @@ def on_processors(artifact: Artifact, work: Path) -> Iterator[Row]:
     work.mkdir(parents=True, exist_ok=True)
     for processor in _emulated.PROCESSORS:
         lacking = processor.missing()
+        if not processor.floats and artifact.manifest.dialect == "float32":
+            lacking = "no floating-point unit: not run"
         yield {"processor": processor.name, **({"why": lacking} if lacking else _counted(processor, artifact, work))}
 
 

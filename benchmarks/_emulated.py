@@ -35,6 +35,7 @@ class Processor:
         emulator: its words before the program's name.
         board: whether there is no operating system: the program carries the C library and talks through semihosting.
         plain: compile plain C although there are vectors.
+        floats: whether it has a floating-point unit.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Processor:
     emulator: tuple[str, ...]
     board: bool = False
     plain: bool = False
+    floats: bool = True
 
     def missing(self) -> str | None:
         """What to install before it works."""
@@ -141,7 +143,8 @@ def _arm64(name: str, *flags: str, plain: bool = False) -> Processor:
 
 
 def _cortex_m(name: str, machine: str, *flags: str) -> Processor:
-    return Processor(name, "arm-none-eabi-gcc", ("-mthumb", *flags), _board(machine), board=True)
+    floats = "-mfloat-abi=hard" in flags
+    return Processor(name, "arm-none-eabi-gcc", ("-mthumb", *flags), _board(machine), board=True, floats=floats)
 
 
 PROCESSORS: Sequence[Processor] = (
