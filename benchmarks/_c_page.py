@@ -92,7 +92,11 @@ def _equal(rows: Sequence[Row]) -> str:
             if found := row.get("simulation"):
                 integers = "–" if found["otherwise"] is None else f"{found['rounded']}, {found['otherwise']:.2%} differ"
                 score = row.get("score")
-                said = f"{score['score']:.3f} dB (PyTorch {score['float_score']:.3f})" if score else "–"
+                said = (
+                    f"{score['score']:.3f} dB (PyTorch {score['float_score']:.3f}; {score['samples']} of 5)"
+                    if score
+                    else "–"
+                )
                 yield [*_names(row), str(found["samples"]), f"{found['max_rel']:.1e}", integers, said]
 
     text = (

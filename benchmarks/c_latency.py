@@ -118,12 +118,13 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
     parser.add_argument("--forms", nargs="+", default=list(FORMS))
     parser.add_argument("--seconds", type=float, default=20.0, help="per network and form")
+    parser.add_argument("--pictures", type=int, default=5, help="of Set5")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "c")
     parser.add_argument("--results", type=Path, default=page.RESULTS)
     options = parser.parse_args()
     if "set5" in options.stages:
-        case = open_case("imdn", options.data, options.work)
+        case = open_case("imdn", options.data, options.work, options.pictures)
         _store(options.results, case.name, "float", _c_facts.scored(case))
     todo = [stage for stage in options.stages if stage not in ("set5", "document")]
     for name in options.networks if todo else ():
