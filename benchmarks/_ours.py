@@ -46,23 +46,25 @@ def ours(case: Case, number: int, format: str, kind: str, size: Sequence[int] = 
     Args:
         size: height and width, for a file of this size alone.
     """
-    out = _compressed(case, number, kind)
+    return _exported(_compressed(case, number, kind), format, size)
+
+
+def ours_float(case: Case, format: str, size: Sequence[int] = ()) -> Artifact:
+    """The original in the same format: what int8 is compared with."""
+    out = case.folder / f"float-{source_hash()}"
+    if not (out / COMPRESSED / MANIFEST).exists():
+        compress(case.module, case.task(case.folds[0]), [Fold()], out, Silent())
+        shutil.rmtree(out / BASELINE)
+    return _exported(out, format, size)
+
+
+def _exported(out: Path, format: str, size: Sequence[int]) -> Artifact:
     exporter = _exporter(format)
     if size:
         name = "x".join([format, *map(str, size)])
         exporter = replace(exporter, name=name, sizes=dict(zip(("height", "width"), size, strict=True)))
     export(out, [exporter], Silent())
     return Artifact.open(out / (exporter.name or format))
-
-
-def ours_float(case: Case, format: str) -> Artifact:
-    """The original in the same format: what int8 is compared with."""
-    out = case.folder / f"float-{source_hash()}"
-    if not (out / COMPRESSED / MANIFEST).exists():
-        compress(case.module, case.task(case.folds[0]), [Fold()], out, Silent())
-        shutil.rmtree(out / BASELINE)
-    export(out, [_exporter(format)], Silent())
-    return Artifact.open(out / format)
 
 
 def _exporter(format: str) -> Exporter:

@@ -1,23 +1,28 @@
-"""The C target beside the engines: latency at batch 1, one thread, interleaved; memory and size.
+"""The C target beside the engines: latency at batch 1, one thread, interleaved; memory, sizes, instructions.
 
-    python benchmarks/c_latency.py --prepare --work FOLDER            # make all files first; nothing is timed
-    python benchmarks/c_latency.py --work FOLDER --networks resnet20  # then measure, a minute per network and form
+    python benchmarks/c_latency.py --stages prepare --work FOLDER     # make all files first; nothing is timed
+    python benchmarks/c_latency.py --stages race --work FOLDER        # then time them, a minute per network and form
+    python benchmarks/c_latency.py --stages facts emulated            # sizes, arenas, equality; instructions under QEMU
+    python benchmarks/c_latency.py --stages set5                      # IMDN as C, scored on the pictures of Set5
+    python benchmarks/c_latency.py --stages document                  # only docs/c.md, from what is stored
 
 One row is one network in one form (float32 or eight bits): the C files against ONNX Runtime, OpenVINO (float32 as
 float32) and TFLite, all from the same compressed network, in one run of the timing loop. Ratios are C over engine.
-Rows are stored in ``benchmarks/results/c_latency.json`` as soon as they are known.
+What a stage finds out is stored in ``benchmarks/results/c_latency.json`` and shown in ``docs/c.md`` as soon as it is
+known.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import _c_facts
+import _c_page as page
 from _cases import Case, Fold, _whole, open_case
 from _ours import STATIC, ours, ours_float
 
@@ -25,24 +30,23 @@ from edgepack import pipeline
 from edgepack.artifact import Artifact
 from edgepack.contracts import Contender, Runtime, Settings
 from edgepack.devices.host import Host
+from edgepack.errors import ParityError
 from edgepack.measurement import Profile
 from edgepack.recipe import load
 from edgepack.runtimes.c import C
 from edgepack.runtimes.onnxruntime import Onnxruntime
 from edgepack.runtimes.openvino import Openvino
 from edgepack.runtimes.tflite import Tflite
-from edgepack.versions import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "core" / "examples" / "digits"
-RESULTS = Path(__file__).parent / "results" / "c_latency.json"
 NETWORKS = ("digits", "resnet20", "mobilenet_v1")
 FORMS = ("float", STATIC)
 FORMATS: Mapping[str, tuple[str, type[Runtime]]] = {  # the C files first: ratios are against them
     "c": ("C", C), "onnx": ("ONNX Runtime", Onnxruntime), "openvino": ("OpenVINO", Openvino),
     "tflite": ("TFLite", Tflite),
 }  # fmt: skip
-PACKAGES = ("onnxruntime", "openvino", "ai-edge-litert")
+STAGES = ("prepare", "race", "facts", "emulated", "set5", "document")
 
 
 def case_of(name: str, data: Path, work: Path) -> Case:
@@ -56,8 +60,16 @@ def case_of(name: str, data: Path, work: Path) -> Case:
     return Case(name, pipeline.load_model(recipe).eval(), item, (fold,), work=work)
 
 
-def artifacts(case: Case, form: str) -> dict[str, Artifact]:
-    return {format: ours_float(case, format) if form == "float" else ours(case, 0, format, form) for format in FORMATS}
+def artifacts(case: Case, form: str) -> tuple[dict[str, Artifact], dict[str, str]]:
+    """The files of a network by format, and by engine why there is none."""
+    made: dict[str, Artifact] = {}
+    refused: dict[str, str] = {}
+    for format, (engine, _) in FORMATS.items():
+        try:
+            made[format] = ours_float(case, format) if form == "float" else ours(case, 0, format, form)
+        except ParityError as error:
+            refused[engine] = f"not written (exit {error.exit_status}): {error.message}"
+    return made, refused
 
 
 def runtime(format: str, form: str) -> Runtime:
@@ -67,59 +79,67 @@ def runtime(format: str, form: str) -> Runtime:
 
 
 def race(case: Case, form: str, seconds: float) -> dict[str, Any]:
-    """Time the files of one network against each other."""
-    found = artifacts(case, form)
-    contenders = [Contender(FORMATS[f][0], artifact, runtime(f, form)) for f, artifact in found.items()]
-    profiles = Host().measure(contenders, Settings(max_seconds=seconds, instances=3, cold=False))
-    ours_p50 = profiles[0].latency_ms.p50
-    print(f"{case.name} {form}: C {ours_p50:.4f} ms", file=sys.stderr)  # noqa: T201
+    """Time the files of one network against each other, those whose answers are right."""
+    made, refused = artifacts(case, form)
+    contenders = [Contender(FORMATS[f][0], artifact, runtime(f, form)) for f, artifact in made.items()]
+    settings, profiles = Settings(max_seconds=seconds, instances=3, cold=False), list[Profile]()
+    while not profiles:
+        try:
+            profiles = list(Host().measure(contenders, settings))
+        except ParityError as error:
+            engine = error.message.partition(":")[0]
+            refused[engine] = f"not timed: differs{error.message.partition(' differs')[2].partition(', so ')[0]}"
+            contenders = [contender for contender in contenders if contender.label != engine]
     rows = [_row(profile) for profile in profiles]
-    return {"network": case.name, "form": form, "rows": rows, "arena_bytes": arena(found["c"]),
-            "state": profiles[0].conditions.get("state"), "size_bytes": {f: a.size_bytes for f, a in found.items()},
-            "constants_bytes": sum((found["c"].manifest.census or {})["weight_bytes"].values())}  # fmt: skip
+    rows += [{"engine": engine, "why": why} for engine, why in refused.items()]
+    return {"rows": rows, "state": profiles[0].conditions.get("state")}
 
 
 def _row(profile: Profile) -> dict[str, Any]:
     row = {"engine": profile.label, "p50_ms": profile.latency_ms.p50, "min_ms": profile.latency_ms.min}
     if profile.ratio is not None:  # engine over C → C over engine
         row |= {"c_over_engine": 1 / profile.ratio.value, "low": 1 / profile.ratio.high, "high": 1 / profile.ratio.low}
-    print(f"  {json.dumps(row)}", file=sys.stderr)  # noqa: T201
     return row
 
 
-def arena(artifact: Artifact) -> int:
-    found = re.search(r"ARENA_BYTES (\d+)", (artifact.folder / "model.h").read_text(encoding="utf-8"))
-    assert found is not None
-    return int(found.group(1))
+def find_out(stage: str, case: Case, form: str, seconds: float) -> dict[str, Any]:
+    """What a stage says of one network in one form."""
+    if stage == "race":
+        return race(case, form, seconds)
+    made, _ = artifacts(case, form)
+    if stage == "facts":
+        return _c_facts.beside(made)
+    return {"emulated": list(_c_facts.on_processors(made["c"], case.work / "emulated"))} if stage == "emulated" else {}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=["race"])
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
     parser.add_argument("--forms", nargs="+", default=list(FORMS))
     parser.add_argument("--seconds", type=float, default=20.0, help="per network and form")
-    parser.add_argument("--prepare", action="store_true", help="only make the files")
+    parser.add_argument("--pictures", type=int, default=5, help="of Set5")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "c")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=page.RESULTS)
     options = parser.parse_args()
-    for name in options.networks:
+    if "set5" in options.stages:
+        case = open_case("imdn", options.data, options.work, options.pictures)
+        _store(options.results, case.name, "float", _c_facts.scored(case))
+    todo = [stage for stage in options.stages if stage not in ("set5", "document")]
+    for name in options.networks if todo else ():
         case = case_of(name, options.data, options.work)
         for form in options.forms:
-            if options.prepare:
-                artifacts(case, form)
-                continue
-            _store(options.results, race(case, form, options.seconds))
+            for stage in todo:
+                _store(options.results, name, form, find_out(stage, case, form, options.seconds))
+    if "document" in options.stages:
+        page.write()
 
 
-def _store(path: Path, entry: dict[str, Any]) -> None:
-    """Put a row in the place of the old one."""
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
-    key = (entry["network"], entry["form"])
-    rows = [row for row in stored["rows"] if (row["network"], row["form"]) != key]
-    stored = {"rows": [*rows, entry], "versions": versions(*PACKAGES), "machine": Host().facts()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+def _store(path: Path, network: str, form: str, found: dict[str, Any]) -> None:
+    sys.stderr.write(f"{network} {form}: {json.dumps(found)}\n")
+    if found:
+        page.store(path, {"network": network, "form": form}, found, Host().facts())
 
 
 if __name__ == "__main__":

@@ -94,6 +94,7 @@ class Manifest:
     census: Mapping[str, Any] | None = None
     score: Mapping[str, Any] | None = None
     float_size_bytes: int | None = None
+    compiled_bytes: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     built_for: str | None = None
     budget_missed: tuple[str, ...] = ()
@@ -219,7 +220,12 @@ class Artifact:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the model files (without golden samples and manifest)."""
+        """Bytes of the model files (without golden samples and manifest); of source text, once it is compiled."""
+        return self.manifest.compiled_bytes or self.files_bytes
+
+    @property
+    def files_bytes(self) -> int:
+        """Bytes of the model files as they are stored."""
         return sum(facts.size_bytes for name, facts in self.manifest.files.items() if name != GOLDEN)
 
     def golden(self) -> Golden:

@@ -262,6 +262,10 @@ class Runtime(Part):
         """
         raise Unsupported(f"{type(self).__name__} cannot show what single operators compute")
 
+    def compiled_bytes(self, artifact: Artifact) -> int | None:
+        """Bytes of machine code and constants, where the artifact's files are source text; None elsewhere."""
+        return None
+
     def untimed(self) -> str | None:
         """Why its latencies would mean nothing; None where an engine runs."""
         return None

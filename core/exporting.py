@@ -200,7 +200,9 @@ class _Stage:
             runtime = runtime_for(manifest.format)
         except (DeviceError, MissingExtra, Unsupported) as error:
             return replace(manifest, parity=replace(manifest.parity, status=f"not run: {error.message}"))
-        manifest = replace(manifest, parity=prove(artifact, runtime, simulation))
+        parity, compiled_bytes = prove(artifact, runtime, simulation), runtime.compiled_bytes(artifact)
+        manifest = replace(manifest, parity=parity, compiled_bytes=compiled_bytes)
+        artifact = replace(artifact, manifest=manifest)
         if self.task is not None and manifest.name != BASELINE:
             session = runtime.load(artifact)
             try:

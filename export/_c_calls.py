@@ -10,7 +10,7 @@ import numpy as np
 
 from edgepack.errors import Unsupported
 from edgepack.export._c_graph import Array, Step, View, channels_last, merged
-from edgepack.export._c_pack import block_of, definition, number, pack, pack_outputs
+from edgepack.export._c_pack import WIDE, block_of, definition, number, pack, pack_outputs
 
 AXES = 6  # of a walk, as in nn.h
 CTYPES = {"float32": "float", "int8": "int8_t", "uint8": "uint8_t", "int32": "int32_t"}
@@ -88,7 +88,8 @@ def _conv_fields(step: Step, image: View, wide: View) -> dict[str, Any]:
         "outputs": weight.shape[0] // groups, "rows": rows, "columns": columns, "length": length,
         "in_batch": image.strides[0], "in_row": slide.stride[0] * image.strides[1],
         "in_pixel": slide.stride[1] * image.strides[2], "tap_row": slide.dilation[0] * image.strides[1],
-        "tap_column": slide.dilation[1] * image.strides[2], "block": block_of(weight.shape[0] // groups),
+        "tap_column": slide.dilation[1] * image.strides[2],
+        "block": block_of(weight.shape[0] // groups, groups, image.dtype == "int8"),
     }  # fmt: skip
     added = step.inputs[1].in_order(channels_last(4)) if len(step.inputs) > 1 else wide
     for name, view in (("out", wide), ("add", added)):
@@ -96,6 +97,17 @@ def _conv_fields(step: Step, image: View, wide: View) -> dict[str, Any]:
             f"{name}_{word}": stride for word, stride in zip(("batch", "row", "pixel"), view.strides, strict=False)
         }
     return fields
+
+
+def _side_by_side(step: Step, fields: dict[str, Any]) -> int:
+    """How many neighbouring pixels of few channels a depthwise convolution takes for one of many, to fill vectors."""
+    channels, names = fields["groups"], ["in_pixel", "out_pixel", *(["add_pixel"] if len(step.inputs) > 1 else [])]
+    dense = all(fields[name] == channels for name in names)
+    fitting = [count for count in range(1, WIDE // channels + 1) if fields["width"] % count == 0]
+    count = fitting[-1] if dense and fitting else 1
+    fields |= {name: count * fields[name] for name in ("groups", "in_pixel", "out_pixel", "add_pixel")}
+    fields["width"] //= count
+    return count
 
 
 def _limits(step: Step) -> dict[str, str]:
@@ -113,7 +125,8 @@ def _conv_f32(writer: Writer, step: Step) -> list[str]:
     bias = np.zeros(weight.shape[0], np.float32) if bias is None else bias.astype(np.float32)
     depthwise = step.kernel.startswith("depthwise")
     if depthwise:
-        packed = np.ascontiguousarray(weight.reshape(weight.shape[0], -1).T)
+        count = _side_by_side(step, fields)
+        packed, bias = np.tile(weight.reshape(len(weight), -1).T, count), np.tile(bias, count)
     else:
         packed = pack(weight, groups, fields["rows"] * fields["columns"])
         bias = pack_outputs(bias, groups)
@@ -122,13 +135,17 @@ def _conv_f32(writer: Writer, step: Step) -> list[str]:
     places += [writer.pointer(step.inputs[1]) if len(step.inputs) > 1 else "NULL", writer.pointer(step.output, True)]
     return [
         f"static const nn_conv p = {{{_numbers({**fields, **_limits(step)})}}};",
-        f"nn_{'depthwise' if depthwise else 'conv'}_f32(&p, {', '.join(places)});",
+        f"nn_{step.kernel}(&p, {', '.join(places)});",
     ]
 
 
-def _requantize(writer: Writer, step: Step, weight: Array, groups: int) -> str:
-    """The definition of nn_requantize q for a convolution: the input's zero point goes into the bias."""
-    options = step.options
+def _requantize(writer: Writer, step: Step, spread: Callable[..., Array]) -> str:
+    """The definition of nn_requantize q for a convolution: the input's zero point goes into the bias.
+
+    Args:
+        spread: values of outputs, and what stands where there are none → as the kernel reads them.
+    """
+    options, weight = step.options, step.options["weight"]
     sums = weight.astype(np.int64).reshape(len(weight), -1).sum(1)
     shift = options["shift"]
     arrays = {
@@ -140,8 +157,7 @@ def _requantize(writer: Writer, step: Step, weight: Array, groups: int) -> str:
         if array is None:
             places[name] = "NULL"
             continue
-        whole = array.astype(np.int32)
-        whole = whole if step.kernel.startswith("depthwise") else pack_outputs(whole, groups, fill=name == "shift")
+        whole = spread(array.astype(np.int32), int(name == "shift"))
         places[name] = writer.constant(whole, f"{step.name}_{name}")
     return f"static const nn_requantize q = {{{_numbers({**places, **_grid(step)})}}};"
 
@@ -154,16 +170,18 @@ def _conv_s8(writer: Writer, step: Step) -> list[str]:
     image, wide = _images(step)
     fields = _conv_fields(step, image, wide)
     weight, groups = step.options["weight"], step.options["groups"]
-    kernel = "depthwise" if step.kernel.startswith("depthwise") else "conv"
-    if kernel == "depthwise":
-        packed = np.ascontiguousarray(weight.reshape(len(weight), -1).T)
+    if step.kernel.startswith("depthwise"):
+        count = _side_by_side(step, fields)
+        packed = np.tile(weight.reshape(len(weight), -1).T, count)
+        rounding = _requantize(writer, step, lambda values, _: np.tile(values, count))
     else:
         packed = pack(weight, groups, fields["rows"] * fields["columns"])
+        rounding = _requantize(writer, step, lambda values, fill: pack_outputs(values, groups, fill))
     ends = [writer.pointer(step.inputs[0]), writer.constant(packed, f"{step.name}_weight")]
     return [
         f"static const nn_conv p = {{{_numbers({**fields, **_limits(step)})}}};",
-        _requantize(writer, step, weight, groups),
-        f"nn_{kernel}_s8(&p, &q, {', '.join(ends)}, {writer.pointer(step.output, True)});",
+        rounding,
+        f"nn_{step.kernel}(&p, &q, {', '.join(ends)}, {writer.pointer(step.output, True)});",
     ]
 
 
@@ -195,7 +213,8 @@ def _table(writer: Writer, step: Step) -> list[str]:
 
 
 def _quantize(writer: Writer, step: Step) -> list[str]:
-    return _walked(writer, step, number(step.options["inverse"]), *map(str, step.options["grid"]))
+    fields = {"inverse": number(step.options["inverse"]), **_grid(step)}
+    return [f"static const nn_grid g = {{{_numbers(fields)}}};", *_walked(writer, step, "&g")]
 
 
 def _dequantize(writer: Writer, step: Step) -> list[str]:

@@ -6,14 +6,15 @@ import numpy as np
 
 from edgepack.export._c_graph import Array
 
-WIDE, NARROW = 16, 8  # output channels whose weights stand together
+WIDE, NARROW = 16, 8  # output channels whose weights stand together: one vector of AVX-512, of AVX2
 DEEP = 4  # successive inputs of one output that integers are multiplied in together
 PER_LINE = 12
 TYPES = {"float32": "float", "int8": "int8_t", "uint8": "uint8_t", "int32": "int32_t"}
 
 
-def block_of(outputs: int) -> int:
-    return WIDE if outputs > NARROW else NARROW
+def block_of(outputs: int, groups: int, integers: bool) -> int:
+    """Half empty vectors of AVX-512 are worth it where its products of bytes are."""
+    return WIDE if outputs > NARROW or (integers and groups == 1) else NARROW
 
 
 def rounded(size: int, unit: int) -> int:
@@ -29,7 +30,7 @@ def pack(weight: Array, groups: int, segments: int) -> Array:
         segments: runs of successive inputs that a kernel walks: rows, or rows times columns.
     """
     outputs = weight.shape[0] // groups
-    block = block_of(outputs)
+    block = block_of(outputs, groups, weight.dtype == np.int8)
     taps = weight.reshape(groups, outputs, *weight.shape[1:]).transpose(0, 1, 3, 4, 2).reshape(groups, outputs, -1)
     whole = np.zeros((groups, rounded(outputs, block), taps.shape[2]), weight.dtype)
     whole[:, :outputs] = taps
@@ -46,7 +47,8 @@ def pack(weight: Array, groups: int, segments: int) -> Array:
 def pack_outputs(values: Array, groups: int, fill: int = 0) -> Array:
     """One value per output, padded to whole blocks per group."""
     outputs = values.size // groups
-    found = np.full((groups, rounded(outputs, block_of(outputs))), fill, values.dtype)
+    block = block_of(outputs, groups, values.dtype == np.int32)
+    found = np.full((groups, rounded(outputs, block)), fill, values.dtype)
     found[:, :outputs] = values.reshape(groups, outputs)
     return found.reshape(-1)
 

@@ -68,7 +68,11 @@ class C(Exporter):
         stored: Counter[str] = Counter()
         for array in constants:
             stored[str(array.dtype)] += array.nbytes
-        notes = (f"arena of {arena_bytes} bytes", f"{sum(stored.values())} bytes of constants once compiled")
+        text_bytes = sum(path.stat().st_size for path in folder.glob("*.[ch]"))
+        notes = (
+            f"arena of {arena_bytes} bytes",
+            f"{sum(stored.values())} bytes of constants once compiled, from {text_bytes} bytes of text",
+        )
         return Census(dict(Counter(step.kernel for step in network.steps)), dict(stored), notes)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from edgepack.errors import InputError, MissingExtra
 
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-std=c99", "-O3", "-fPIC")
+FLAGS = ("-std=c99", "-O3", "-fPIC", "-ffunction-sections", "-fdata-sections")
 SELF_TEST = "selftest.c"
 
 
@@ -49,13 +49,40 @@ def library(folder: Path, names: Sequence[str], flags: Sequence[str] = ()) -> Pa
         MissingExtra: there is no compiler.
         InputError: it refuses the files.
     """
+    objects = _objects(folder, names, flags)
+    return _made(_joined(objects, ".so"), [compiler(), "-shared", *map(str, objects), "-lm"], folder)
+
+
+def reachable_bytes(folder: Path, names: Sequence[str], entry: str) -> int | None:
+    """Code and constants of a program that calls ``entry`` alone; None where this system's linker cannot tell.
+
+    What it never reaches is left out, as ``-Wl,--gc-sections`` does for applications. Memory is not in it.
+    """
+    if shutil.which("size") is None:
+        return None
+    objects = _objects(folder, names)
+    words = [compiler(), "-r", "-nostdlib", f"-Wl,--gc-sections,-e,{entry}", *map(str, objects)]
+    try:
+        part = _made(_joined(objects, ".o"), words, folder)
+    except InputError:
+        return None
+    done = subprocess.run(["size", str(part)], capture_output=True, text=True, check=True)
+    text, data = done.stdout.splitlines()[1].split()[:2]
+    return int(text) + int(data)
+
+
+def _objects(folder: Path, names: Sequence[str], flags: Sequence[str] = ()) -> list[Path]:
     command = (compiler(), *FLAGS, *flags)
     common = hashlib.sha256("\0".join((*command, compiler_version(command[0]))).encode())
     for name in sorted(name for name in names if name.endswith(".h")):
         common.update(name.encode() + (folder / name).read_bytes())
-    objects = [_object(command, folder / name, common.copy()) for name in sorted(names) if _compiled(name)]
-    key = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:32]
-    return _made(_cache() / f"{key}.so", [command[0], "-shared", *map(str, objects), "-lm"], folder)
+    return [_object(command, folder / name, common.copy()) for name in sorted(names) if _compiled(name)]
+
+
+def _joined(objects: Sequence[Path], suffix: str) -> Path:
+    """Where something made of these objects is kept."""
+    key = hashlib.sha256((suffix + "".join(path.name for path in objects)).encode()).hexdigest()[:32]
+    return _cache() / f"{key}{suffix}"
 
 
 def _compiled(name: str) -> bool:

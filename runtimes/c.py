@@ -14,7 +14,7 @@ import numpy as np
 
 from edgepack.contracts import Arrays, Runtime, Session, Step, TensorSpec
 from edgepack.errors import InputError
-from edgepack.runtimes._c_build import compiler, compiler_version, library
+from edgepack.runtimes._c_build import compiler, compiler_version, library, reachable_bytes
 from edgepack.runtimes._inputs import Gate
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ class C(Runtime):
     def load(self, artifact: Artifact, threads: int | None = None) -> Session:
         return self._session(artifact)
 
+    def compiled_bytes(self, artifact: Artifact) -> int | None:
+        return reachable_bytes(artifact.folder, _sources(artifact), f"{_prefix(artifact)}_run")
+
     def trace(self, artifact: Artifact, inputs: Arrays) -> list[Step]:
         """Every step's results. What is computed in one step (convolution, sum, activation) shows as one."""
         session = self._session(artifact, traced=True)
@@ -82,17 +85,22 @@ class C(Runtime):
         return [(fact["kernel"], fact["name"], spent) for fact, spent in zip(facts, times.values(), strict=True)]
 
     def _session(self, artifact: Artifact, traced: bool = False) -> _Session:
-        sources = [name for name in artifact.manifest.files if name.endswith((".c", ".h"))]
-        if HEADER not in sources:
-            raise InputError(f"{artifact.folder} holds no {HEADER}", "export again")
-        prefix = _prefix((artifact.folder / HEADER).read_text(encoding="utf-8"), artifact)
+        sources, prefix = _sources(artifact), _prefix(artifact)
         flags = [f"-D{prefix.upper()}_LEVEL={self.level}", *self.flags]
         flags += [f"-D{prefix.upper()}_{TRACE}"] if traced else []
         artifact.check_hashes()  # what is compiled is executed
         return _Session(ctypes.PyDLL(str(library(artifact.folder, sources, flags))), artifact, prefix)
 
 
-def _prefix(header: str, artifact: Artifact) -> str:
+def _sources(artifact: Artifact) -> list[str]:
+    found = [name for name in artifact.manifest.files if name.endswith((".c", ".h"))]
+    if HEADER not in found:
+        raise InputError(f"{artifact.folder} holds no {HEADER}", "export again")
+    return found
+
+
+def _prefix(artifact: Artifact) -> str:
+    header = (artifact.folder / HEADER).read_text(encoding="utf-8")
     found = re.search(r"^void (\w+)_run\(", header, re.MULTILINE)
     if found is None:
         raise InputError(f"{artifact.folder / HEADER} declares no function _run", "export again")

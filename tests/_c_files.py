@@ -7,16 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from _samples import Samples
 from edgepack import parts
 from edgepack.artifact import Artifact, Manifest, describe_files
+from edgepack.compress.quantize import Quantize
+from edgepack.compressing import compress
 from edgepack.contracts import Exporter, Graph, Runtime
+from edgepack.exporting import Source
 from edgepack.front import with_front
 from edgepack.graph import capture, run_graph
 from edgepack.parity import max_relative
 from edgepack.plan import Plan
+from edgepack.progress import Silent
 from edgepack.task import Input, Task
+
+SHAPE = (1, 5, 9, 8)  # of networks in 8 bits
 
 
 class Network(nn.Module):
@@ -28,6 +36,33 @@ class Network(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.function(*self.layers, x)
+
+
+class Everything(nn.Module):
+    """Strides by slicing, zero channels, depthwise, sums, a leaky ReLU, tables, a product, maxima, means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(5, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24)
+        self.depthwise, self.point = nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.Conv2d(24, 24, 1)
+        self.down, self.grouped = nn.Conv2d(24, 30, 3, 2, 1), nn.Conv2d(24, 6, (2, 3), 2, 1, groups=2)
+        self.gate, self.last = nn.Conv2d(30, 30, 1), nn.Linear(60, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.first(x)))
+        y = F.relu6(self.point(F.leaky_relu(self.depthwise(x), 0.1)) + x)
+        z = F.silu(self.down(y)) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 3, 3))
+        z = z * torch.sigmoid(self.gate(F.adaptive_avg_pool2d(z, 1)))
+        y = torch.cat([F.max_pool2d(x, 3, 2, 1), z, self.grouped(x)[:, :, :5, :4]], 1)
+        return self.last(y.mean((2, 3)))
+
+
+def compressed(folder: Path, module: nn.Module, **options: object) -> Source:
+    """A network in 8 bits, calibrated on noise."""
+    values = np.random.default_rng(0).standard_normal((24, *SHAPE[1:])).astype(np.float32)
+    task = Task((Input("x", SHAPE, layout="NCHW"),), calibration=Samples(values))  # type: ignore[arg-type]
+    compress(module.eval(), task, [Quantize(**options)], folder, Silent())
+    return Source.open(folder / "compressed")
 
 
 def captured(module: nn.Module, *shape: int) -> Graph:

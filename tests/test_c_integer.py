@@ -4,7 +4,6 @@ import math
 import shutil
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,52 +14,19 @@ torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
 if shutil.which("cc") is None:
     pytest.skip("no C compiler: apt-get install gcc", allow_module_level=True)
 
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import nn  # noqa: E402
 
-from _c_files import answers, drawn, engine, write  # noqa: E402
-from _samples import Samples  # noqa: E402
+from _c_files import Everything, Network, answers, compressed, drawn, engine, write  # noqa: E402
 from edgepack.artifact import Artifact  # noqa: E402
-from edgepack.compress.quantize import Quantize  # noqa: E402
-from edgepack.compressing import compress  # noqa: E402
 from edgepack.contracts import Graph  # noqa: E402
 from edgepack.errors import Unsupported  # noqa: E402
 from edgepack.export._c_fixed import fixed, scaled, table  # noqa: E402
 from edgepack.exporting import Source  # noqa: E402
 from edgepack.graph import run_graph  # noqa: E402
 from edgepack.parity import sqnr_db  # noqa: E402
-from edgepack.progress import Silent  # noqa: E402
 from edgepack.stepwise import stepwise  # noqa: E402
-from edgepack.task import Input, Task  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
-SHAPE = (1, 5, 9, 8)
-
-
-class Everything(nn.Module):
-    """Strides by slicing, zero channels, depthwise, sums, a leaky ReLU, tables, a product, maxima, means."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(5, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24)
-        self.depthwise, self.point = nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.Conv2d(24, 24, 1)
-        self.down, self.grouped = nn.Conv2d(24, 30, 3, 2, 1), nn.Conv2d(24, 6, (2, 3), 2, 1, groups=2)
-        self.gate, self.last = nn.Conv2d(30, 30, 1), nn.Linear(60, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.first(x)))
-        y = F.relu6(self.point(F.leaky_relu(self.depthwise(x), 0.1)) + x)
-        z = F.silu(self.down(y)) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 3, 3))
-        z = z * torch.sigmoid(self.gate(F.adaptive_avg_pool2d(z, 1)))
-        y = torch.cat([F.max_pool2d(x, 3, 2, 1), z, self.grouped(x)[:, :, :5, :4]], 1)
-        return self.last(y.mean((2, 3)))
-
-
-def compressed(folder: Path, module: nn.Module, **options: Any) -> Source:
-    values = np.random.default_rng(0).standard_normal((24, *SHAPE[1:])).astype(np.float32)
-    task = Task((Input("x", SHAPE, layout="NCHW"),), calibration=Samples(values))  # type: ignore[arg-type]
-    compress(module.eval(), task, [Quantize(**options)], folder, Silent())
-    return Source.open(folder / "compressed")
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +62,24 @@ def test_the_answers_stay_near_the_float_network(made: tuple[Source, Artifact, G
     found = run_graph(simulation, source.golden.inputs)
     near = min(sqnr_db(found[name], source.golden.original[name]) or math.inf for name in found)
     assert near > 20
+
+
+@pytest.mark.parametrize("channels", [3, 8])
+def test_depthwise_layers_of_few_channels(channels: int, tmp_path: Path) -> None:
+    """Pixels stand side by side, rows of the kernel in pairs, and what neighbours share is read once."""
+    torch.manual_seed(channels)
+    forms = [(3, 1, 1), (3, 2, 1), (2, 1, 1), (3, 1, 2), (1, 2, 1)]  # size, stride, dilation
+    layers = [nn.Conv2d(channels, channels, size, step, 1, far, groups=channels) for size, step, far in forms]
+    module = Network(lambda *given: torch.cat([layer(given[-1]).flatten(1) for layer in given[:-1]], 1), *layers)
+    source = compressed(tmp_path, nn.Sequential(nn.Conv2d(5, channels, 1), nn.ReLU(), module))
+    artifact, simulation = write(source.graph, tmp_path / "c", source.plan)
+    assert artifact.manifest.census["operators"]["depthwise_s8"] == len(forms)  # type: ignore[index]
+    assert f".groups = {12 if channels == 3 else 16}" in (artifact.folder / "model.c").read_text()
+    inputs = drawn(simulation)
+    (wanted,) = run_graph(simulation, inputs).values()
+    for level in (0, 1, 2):
+        (found,) = answers(artifact, inputs, level).values()
+        np.testing.assert_array_equal(found, wanted, err_msg=f"level {level}")
 
 
 def test_every_rounded_value_is_in_the_trace(made: tuple[Source, Artifact, Graph]) -> None:

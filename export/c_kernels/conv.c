@@ -1,4 +1,4 @@
-/* Which instruction set computes convolutions: chosen when compiled, on x86 among what the processor has. */
+/* Which instruction set computes: chosen when compiled, on x86 among what the processor has. */
 #include "nn.h"
 #include "levels.h"
 
@@ -19,7 +19,7 @@ static int level(void)
     }
     return found;
 }
-/* Blocks of eight outputs do not fill vectors of sixteen. */
+/* Eight outputs do not fill vectors of sixteen. */
 #define NN_CHOOSE(kernel, narrow, arguments) \
     const int here = level(); \
     if (here == 2 && !(narrow)) \
@@ -63,4 +63,9 @@ void nn_depthwise_s8(const nn_conv *p, const nn_requantize *q, const int8_t *in,
 void nn_sum_row(const nn_sum *s, int n, const int8_t *one, const int8_t *two, int8_t *out)
 {
     NN_CHOOSE(nn_sum_row, 0, (s, n, one, two, out))
+}
+
+void nn_quantize_row(const nn_grid *g, int n, const float *in, int8_t *out)
+{
+    NN_CHOOSE(nn_quantize_row, 0, (g, n, in, out))
 }

@@ -1,6 +1,7 @@
 /* Convolutions with AVX2 and FMA. */
 #include "nn.h"
 #include "levels.h"
+#include "pixels.h"
 
 #ifdef NN_X86
 #include <immintrin.h>
@@ -39,12 +40,9 @@ TARGET static INLINE V v_min(V a, V b) { return _mm256_min_ps(a, b); }
         (count > 1 ? NAME(tile_6_1) : NAME(tile_1_1)) arguments;
 #include "conv_f32.h"
 
-#include "rounding.h"
-
 #define UNIT 8
 #define UNITS 1
 #define INTEGER_PIXELS 4
-#define D_LANES 8
 
 /* Products of bytes as products of 16 bits: two sums for each output, of four outputs in each half. */
 typedef struct {
@@ -53,6 +51,58 @@ typedef struct {
 typedef __m256i B;
 typedef A W;
 typedef __m256i D;
+typedef __m256i P;
+
+/* Even and odd lanes are multiplied to 64 bits apart. There is no arithmetic shift of 64 bits: a large number added
+ * first and taken off after keeps values positive. */
+typedef struct {
+    __m256i factor, negative, even_start, odd_start, even_shift, odd_shift, even_less, odd_less, zero, low, high;
+    int signs;
+} R;
+
+TARGET static INLINE __m256i r_start(__m256i shift)
+{
+    const __m256i one = _mm256_set1_epi64x(1);
+    return _mm256_add_epi64(_mm256_sllv_epi64(one, _mm256_sub_epi64(shift, one)), _mm256_set1_epi64x((int64_t)1 << 62));
+}
+TARGET static INLINE R r_load(const nn_requantize *q, int channel, int n)
+{
+    const __m256i some = v_first(n), large = _mm256_set1_epi64x((int64_t)1 << 62);
+    const __m256i shift = _mm256_max_epi32(_mm256_maskload_epi32(q->shift + channel, some), _mm256_set1_epi32(1));
+    R r;
+    r.signs = q->negative != NULL;
+    r.factor = _mm256_maskload_epi32(q->multiplier + channel, some);
+    r.negative = r.signs ? _mm256_maskload_epi32(q->negative + channel, some) : r.factor;
+    r.even_shift = _mm256_and_si256(shift, _mm256_set1_epi64x(0xffffffff));
+    r.odd_shift = _mm256_srli_epi64(shift, 32);
+    r.even_start = r_start(r.even_shift);
+    r.odd_start = r_start(r.odd_shift);
+    r.even_less = _mm256_srlv_epi64(large, r.even_shift);
+    r.odd_less = _mm256_srlv_epi64(large, r.odd_shift);
+    r.zero = _mm256_set1_epi32(q->zero);
+    r.low = _mm256_set1_epi32(q->low);
+    r.high = _mm256_set1_epi32(q->high);
+    return r;
+}
+TARGET static INLINE void r_store(const R *r, D v, int8_t *out, int n)
+{
+    const __m256i factor = r->signs ? _mm256_blendv_epi8(r->factor, r->negative, _mm256_srai_epi32(v, 31)) : r->factor;
+    __m256i even = _mm256_mul_epi32(v, factor);
+    __m256i odd = _mm256_mul_epi32(_mm256_srli_epi64(v, 32), _mm256_srli_epi64(factor, 32));
+    int64_t bytes;
+    even = _mm256_sub_epi64(_mm256_srlv_epi64(_mm256_add_epi64(even, r->even_start), r->even_shift), r->even_less);
+    odd = _mm256_sub_epi64(_mm256_srlv_epi64(_mm256_add_epi64(odd, r->odd_start), r->odd_shift), r->odd_less);
+    v = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+    v = _mm256_add_epi32(v, r->zero);
+    v = _mm256_max_epi32(_mm256_min_epi32(v, r->high), r->low);
+    v = _mm256_packs_epi32(v, v);
+    v = _mm256_packs_epi16(_mm256_permute4x64_epi64(v, 0x08), v);
+    bytes = _mm_cvtsi128_si64(_mm256_castsi256_si128(v));
+    if (n == UNIT)
+        memcpy(out, &bytes, UNIT);
+    else
+        memcpy(out, &bytes, (size_t)n);
+}
 
 TARGET static INLINE __m256i i_wide(const int32_t *p) { return _mm256_loadu_si256((const __m256i *)(const void *)p); }
 TARGET static INLINE A i_start(const nn_requantize *q, int channel)
@@ -81,62 +131,37 @@ TARGET static INLINE A i_dot(A sum, B x, W w)
     sum.second = _mm256_add_epi32(sum.second, _mm256_madd_epi16(x, w.second));
     return sum;
 }
-
-/* There is no arithmetic shift of 64 bits: a large number added first and taken off after keeps values positive. */
-TARGET static INLINE __m256i i_half(__m256i sum, __m256i factor, __m256i shift)
+TARGET static INLINE D i_sums(A sum)
 {
-    const __m256i one = _mm256_set1_epi64x(1), large = _mm256_set1_epi64x((int64_t)1 << 62);
-    const __m256i half = _mm256_sllv_epi64(one, _mm256_sub_epi64(shift, one));
-    const __m256i moved = _mm256_add_epi64(_mm256_add_epi64(_mm256_mul_epi32(sum, factor), half), large);
-    return _mm256_sub_epi64(_mm256_srlv_epi64(moved, shift), _mm256_srlv_epi64(large, shift));
-}
-TARGET static INLINE void d_store(const nn_requantize *q, int channel, D v, int8_t *out, int n)
-{
-    const __m256i some = v_first(n), low_half = _mm256_set1_epi64x(0xffffffff);
-    __m256i factor = _mm256_maskload_epi32(q->multiplier + channel, some);
-    __m256i shift = _mm256_maskload_epi32(q->shift + channel, some);
-    __m256i even, odd, whole;
-    int8_t bytes[16];
-    shift = _mm256_max_epi32(shift, _mm256_set1_epi32(1));
-    if (q->negative)
-        factor = _mm256_blendv_epi8(factor, _mm256_maskload_epi32(q->negative + channel, some), _mm256_srai_epi32(v, 31));
-    even = i_half(v, factor, _mm256_and_si256(shift, low_half));
-    odd = i_half(_mm256_srli_epi64(v, 32), _mm256_srli_epi64(factor, 32), _mm256_srli_epi64(shift, 32));
-    whole = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-    whole = _mm256_add_epi32(whole, _mm256_set1_epi32(q->zero));
-    whole = _mm256_max_epi32(_mm256_min_epi32(whole, _mm256_set1_epi32(q->high)), _mm256_set1_epi32(q->low));
-    whole = _mm256_packs_epi32(whole, whole);
-    whole = _mm256_packs_epi16(_mm256_permute4x64_epi64(whole, 0x08), whole);
-    _mm_storeu_si128((__m128i *)(void *)bytes, _mm256_castsi256_si128(whole));
-    if (n == 8)
-        memcpy(out, bytes, 8);
-    else
-        memcpy(out, bytes, (size_t)n);
-}
-TARGET static INLINE void i_store(const nn_requantize *q, int channel, A v, int8_t *out, int n)
-{
-    const __m256i sums = _mm256_permute4x64_epi64(_mm256_hadd_epi32(v.first, v.second), 0xd8);
-    d_store(q, channel, sums, out, n);
+    return _mm256_permute4x64_epi64(_mm256_hadd_epi32(sum.first, sum.second), 0xd8);
 }
 
 TARGET static INLINE D d_start(const nn_requantize *q, int channel, int n)
 {
     return _mm256_maskload_epi32(q->bias + channel, v_first(n));
 }
-TARGET static INLINE D d_load(const int8_t *p, int n)
+TARGET static INLINE P d_single(const int8_t *p, int n)
 {
     int64_t bytes = 0;
-    if (n == 8)
-        memcpy(&bytes, p, 8);
+    if (n == UNIT)
+        memcpy(&bytes, p, UNIT);
     else
         memcpy(&bytes, p, (size_t)n);
     return _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bytes));
 }
-TARGET static INLINE D d_add(D sum, D x, D w) { return _mm256_add_epi32(sum, _mm256_mullo_epi32(x, w)); }
+TARGET static INLINE P d_pair(const int8_t *p, const int8_t *q, int n)
+{
+    return _mm256_blend_epi16(d_single(p, n), _mm256_slli_epi32(d_single(q, n), 16), 0xaa);
+}
+TARGET static INLINE D d_dot(D sum, P x, P w) { return _mm256_add_epi32(sum, _mm256_madd_epi16(x, w)); }
+TARGET static INLINE D d_add(D sum, P x, P w)
+{
+    return d_dot(sum, x, _mm256_and_si256(w, _mm256_set1_epi32(0xffff))); /* signs are no second product */
+}
 
 #define INTEGER_TILES INTEGER_TILE(4, 1) INTEGER_TILE(1, 1)
 #define INTEGER_CHOOSE(count, units, arguments) \
     (count > 1 ? NAME(integer_tile_4_1) : NAME(integer_tile_1_1)) arguments;
 #include "conv_s8.h"
-#include "sums.h"
+#include "rows.h"
 #endif

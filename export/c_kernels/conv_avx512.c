@@ -1,6 +1,7 @@
 /* Convolutions with AVX-512. */
 #include "nn.h"
 #include "levels.h"
+#include "pixels.h"
 
 #ifdef NN_X86
 #include <immintrin.h>
@@ -41,14 +42,58 @@ TARGET static INLINE V v_min(V a, V b) { return _mm512_min_ps(a, b); }
 #define UNIT 16
 #define UNITS 2
 #define INTEGER_PIXELS 8
-#define D_LANES 16
 
 typedef __m512i A;
 typedef __m512i B;
 typedef __m512i W;
 typedef __m512i D;
+typedef __m512i P;
+
+/* Even and odd lanes are multiplied to 64 bits apart. */
+typedef struct {
+    __m512i factor, negative, even_half, odd_half, even_shift, odd_shift, zero, low, high;
+    __mmask16 kept;
+    int signs;
+} R;
 
 TARGET static INLINE __mmask16 i_first(int n) { return (__mmask16)((1u << n) - 1u); }
+TARGET static INLINE __m512i i_half(__m512i shift)
+{
+    return _mm512_sllv_epi64(_mm512_set1_epi64(1), _mm512_sub_epi64(shift, _mm512_set1_epi64(1)));
+}
+TARGET static INLINE R r_load(const nn_requantize *q, int channel, int n)
+{
+    const __mmask16 kept = i_first(n);
+    const __m512i shift = _mm512_mask_loadu_epi32(_mm512_set1_epi32(1), kept, q->shift + channel);
+    R r;
+    r.kept = kept;
+    r.signs = q->negative != NULL;
+    r.factor = _mm512_maskz_loadu_epi32(kept, q->multiplier + channel);
+    r.negative = r.signs ? _mm512_maskz_loadu_epi32(kept, q->negative + channel) : r.factor;
+    r.even_shift = _mm512_and_si512(shift, _mm512_set1_epi64(0xffffffff));
+    r.odd_shift = _mm512_srli_epi64(shift, 32);
+    r.even_half = i_half(r.even_shift);
+    r.odd_half = i_half(r.odd_shift);
+    r.zero = _mm512_set1_epi32(q->zero);
+    r.low = _mm512_set1_epi32(q->low);
+    r.high = _mm512_set1_epi32(q->high);
+    return r;
+}
+TARGET static INLINE void r_store(const R *r, D v, int8_t *out, int n)
+{
+    const __m512i factor = r->signs ? _mm512_mask_mov_epi32(r->factor, _mm512_movepi32_mask(v), r->negative) : r->factor;
+    __m512i even = _mm512_mul_epi32(v, factor);
+    __m512i odd = _mm512_mul_epi32(_mm512_srli_epi64(v, 32), _mm512_srli_epi64(factor, 32));
+    even = _mm512_srav_epi64(_mm512_add_epi64(even, r->even_half), r->even_shift);
+    odd = _mm512_srav_epi64(_mm512_add_epi64(odd, r->odd_half), r->odd_shift);
+    v = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+    v = _mm512_add_epi32(v, r->zero);
+    v = _mm512_max_epi32(_mm512_min_epi32(v, r->high), r->low);
+    if (n == UNIT)
+        _mm_storeu_si128((__m128i *)(void *)out, _mm512_cvtepi32_epi8(v));
+    else
+        _mm512_mask_cvtepi32_storeu_epi8(out, r->kept, v);
+}
 
 /* Inputs become unsigned by 128 more; what that adds is taken off at the start. */
 TARGET static INLINE A i_start(const nn_requantize *q, int channel)
@@ -63,52 +108,25 @@ TARGET static INLINE B i_four(const int8_t *p)
     return _mm512_xor_si512(_mm512_set1_epi32(four), _mm512_set1_epi32((int32_t)0x80808080u));
 }
 TARGET static INLINE A i_dot(A sum, B x, W w) { return _mm512_dpbusd_epi32(sum, x, w); }
-
-/* Even and odd lanes are multiplied to 64 bits apart. */
-TARGET static INLINE __m512i i_half(__m512i sum, __m512i factor, __m512i shift)
-{
-    const __m512i one = _mm512_set1_epi64(1);
-    const __m512i half = _mm512_sllv_epi64(one, _mm512_sub_epi64(shift, one));
-    return _mm512_srav_epi64(_mm512_add_epi64(_mm512_mul_epi32(sum, factor), half), shift);
-}
-TARGET static INLINE void i_round(const nn_requantize *q, __m512i factor, __m512i negative, __m512i shift, A v, int8_t *out,
-                                  __mmask16 kept)
-{
-    const __m512i low_half = _mm512_set1_epi64(0xffffffff);
-    __m512i even, odd;
-    if (q->negative)
-        factor = _mm512_mask_mov_epi32(factor, _mm512_movepi32_mask(v), negative);
-    even = i_half(v, factor, _mm512_and_si512(shift, low_half));
-    odd = i_half(_mm512_srli_epi64(v, 32), _mm512_srli_epi64(factor, 32), _mm512_srli_epi64(shift, 32));
-    v = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
-    v = _mm512_add_epi32(v, _mm512_set1_epi32(q->zero));
-    v = _mm512_max_epi32(_mm512_min_epi32(v, _mm512_set1_epi32(q->high)), _mm512_set1_epi32(q->low));
-    _mm512_mask_cvtepi32_storeu_epi8(out, kept, v);
-}
-TARGET static INLINE void i_store(const nn_requantize *q, int channel, A v, int8_t *out, int n)
-{
-    const __m512i factor = _mm512_loadu_si512(q->multiplier + channel);
-    const __m512i negative = q->negative ? _mm512_loadu_si512(q->negative + channel) : factor;
-    i_round(q, factor, negative, _mm512_loadu_si512(q->shift + channel), v, out, i_first(n));
-}
+TARGET static INLINE D i_sums(A sum) { return sum; }
 
 TARGET static INLINE D d_start(const nn_requantize *q, int channel, int n)
 {
     return _mm512_maskz_loadu_epi32(i_first(n), q->bias + channel);
 }
-TARGET static INLINE D d_load(const int8_t *p, int n)
+TARGET static INLINE P d_single(const int8_t *p, int n)
 {
-    return _mm512_cvtepi8_epi32(n == D_LANES ? _mm_loadu_si128((const __m128i *)(const void *)p)
-                                             : _mm_maskz_loadu_epi8(i_first(n), p));
+    return _mm512_cvtepi8_epi32(n == UNIT ? _mm_loadu_si128((const __m128i *)(const void *)p)
+                                          : _mm_maskz_loadu_epi8(i_first(n), p));
 }
-TARGET static INLINE D d_add(D sum, D x, D w) { return _mm512_add_epi32(sum, _mm512_mullo_epi32(x, w)); }
-TARGET static INLINE void d_store(const nn_requantize *q, int channel, D v, int8_t *out, int n)
+TARGET static INLINE P d_pair(const int8_t *p, const int8_t *q, int n)
 {
-    const __mmask16 some = i_first(n);
-    const __m512i factor = _mm512_maskz_loadu_epi32(some, q->multiplier + channel);
-    const __m512i negative = q->negative ? _mm512_maskz_loadu_epi32(some, q->negative + channel) : factor;
-    const __m512i shift = _mm512_mask_loadu_epi32(_mm512_set1_epi32(1), some, q->shift + channel);
-    i_round(q, factor, negative, shift, v, out, some);
+    return _mm512_mask_mov_epi16(d_single(p, n), 0xaaaaaaaa, _mm512_slli_epi32(d_single(q, n), 16));
+}
+TARGET static INLINE D d_dot(D sum, P x, P w) { return _mm512_dpwssd_epi32(sum, x, w); }
+TARGET static INLINE D d_add(D sum, P x, P w)
+{
+    return _mm512_dpwssd_epi32(sum, x, _mm512_and_si512(w, _mm512_set1_epi32(0xffff))); /* signs are no second product */
 }
 
 #define INTEGER_TILES \
@@ -119,5 +137,5 @@ TARGET static INLINE void d_store(const nn_requantize *q, int channel, D v, int8
     else \
         (count > 4 ? NAME(integer_tile_8_1) : count > 1 ? NAME(integer_tile_4_1) : NAME(integer_tile_1_1)) arguments;
 #include "conv_s8.h"
-#include "sums.h"
+#include "rows.h"
 #endif

@@ -2,8 +2,7 @@
  * V, LANES, PIXELS, VECTORS, zero-cost functions v_load, v_some (n values, 0 beyond), v_store, v_keep (n values), v_set,
  * v_add, v_mul, v_fma (a·b + c), v_max, v_min; NAME(x) makes a name of this file's own, TARGET goes before each function.
  *
- * A tile is some pixels times some vectors of output channels, held in registers over the whole kernel. Pixels are
- * counted through rows, so that narrow images fill tiles too; the last tile repeats its last pixel. */
+ * A tile is some pixels times some vectors of output channels, held in registers over the whole kernel. */
 
 TARGET static INLINE V NAME(finish)(const nn_conv *p, V v)
 {
@@ -12,9 +11,14 @@ TARGET static INLINE V NAME(finish)(const nn_conv *p, V v)
     return v_min(v_max(v, v_set(p->low)), v_set(p->high));
 }
 
-TARGET static INLINE void NAME(tile)(const nn_conv *p, const float *const *in, const float *weights, const float *bias,
-                                     const float *const *add, float *const *out, int channel, const int pixels,
-                                     const int vectors)
+typedef struct {
+    const float *in, *add;
+    float *out;
+    ptrdiff_t in_at[PIXELS], add_at[PIXELS], out_at[PIXELS];
+} NAME(tile_ends);
+
+TARGET static INLINE void NAME(tile)(const nn_conv *p, const NAME(tile_ends) *e, const float *weights, const float *bias,
+                                     int channel, const int pixels, const int vectors)
 {
     const ptrdiff_t next = (ptrdiff_t)p->rows * p->columns * p->length * p->block; /* weights of the next block */
     const float *from[PIXELS];
@@ -32,7 +36,7 @@ TARGET static INLINE void NAME(tile)(const nn_conv *p, const float *const *in, c
         for (column = 0; column < p->columns; column++) {
             const ptrdiff_t tap = (ptrdiff_t)row * p->tap_row + (ptrdiff_t)column * p->tap_column;
             for (i = 0; i < pixels; i++)
-                from[i] = in[i] + tap;
+                from[i] = e->in + e->in_at[i] + tap;
             for (k = 0; k < p->length; k++) {
                 V w[VECTORS];
                 for (j = 0; j < vectors; j++) {
@@ -49,83 +53,49 @@ TARGET static INLINE void NAME(tile)(const nn_conv *p, const float *const *in, c
     for (i = 0; i < pixels; i++)
         for (j = 0; j < vectors; j++) {
             const int lane = channel + j * LANES, n = p->outputs - lane;
+            const float *add = e->add ? e->add + e->add_at[i] + lane : NULL;
+            float *out = e->out + e->out_at[i] + lane;
             V v = sum[i][j];
             if (n >= LANES) {
                 if (add)
-                    v = v_add(v, v_load(add[i] + lane));
-                v_store(out[i] + lane, NAME(finish)(p, v));
+                    v = v_add(v, v_load(add));
+                v_store(out, NAME(finish)(p, v));
             } else if (n > 0) {
                 if (add)
-                    v = v_add(v, v_some(add[i] + lane, n));
-                v_keep(out[i] + lane, NAME(finish)(p, v), n);
+                    v = v_add(v, v_some(add, n));
+                v_keep(out, NAME(finish)(p, v), n);
             }
         }
 }
 
 #define TILE(pixels, vectors) \
     TARGET static NOINLINE void NAME(tile_##pixels##_##vectors)( \
-        const nn_conv *p, const float *const *in, const float *weights, const float *bias, const float *const *add, \
-        float *const *out, int channel) \
+        const nn_conv *p, const NAME(tile_ends) *e, const float *weights, const float *bias, int channel) \
     { \
-        NAME(tile)(p, in, weights, bias, add, out, channel, pixels, vectors); \
+        NAME(tile)(p, e, weights, bias, channel, pixels, vectors); \
     }
 TILES
 #undef TILE
-
-TARGET static void NAME(pixels)(const nn_conv *p, const float *const *in, const float *weights, const float *bias,
-                                const float *const *add, float *const *out, int count)
-{
-    const ptrdiff_t next = (ptrdiff_t)p->rows * p->columns * p->length * p->block;
-    int c, vectors;
-    for (c = 0; c < p->outputs; c += vectors * LANES) {
-        const int left = p->outputs - c;
-        const float *w = weights + (c / p->block) * next + c % p->block;
-        vectors = left > (VECTORS - 1) * LANES ? VECTORS : 1;
-        CHOOSE(count, vectors, (p, in, w, bias + c, add, out, c))
-    }
-}
 
 TARGET void NAME(nn_conv)(const nn_conv *p, const float *in, const float *weights, const float *bias, const float *add,
                           float *out)
 {
     const int padded = (p->outputs + p->block - 1) / p->block * p->block;
-    const ptrdiff_t size = (ptrdiff_t)padded * p->rows * p->columns * p->length;
-    int n, g, y, x, i, filled;
+    const ptrdiff_t size = (ptrdiff_t)p->rows * p->columns * p->length; /* weights of one output */
+    NAME(tile_ends) e;
+    int n, g, c, count, vectors;
     for (n = 0; n < p->batch; n++)
         for (g = 0; g < p->groups; g++) {
-            const float *from[PIXELS], *plus[PIXELS];
-            float *to[PIXELS];
-            const float *begin = in + (ptrdiff_t)n * p->in_batch + g * p->inputs;
-            const float *added = add ? add + (ptrdiff_t)n * p->add_batch + g * p->outputs : NULL;
-            float *end = out + (ptrdiff_t)n * p->out_batch + g * p->outputs;
-            filled = 0;
-            for (y = 0; y < p->height; y++) {
-                const float *x_in = begin + (ptrdiff_t)y * p->in_row;
-                const float *x_add = added ? added + (ptrdiff_t)y * p->add_row : NULL;
-                float *x_out = end + (ptrdiff_t)y * p->out_row;
-                for (x = 0; x < p->width; x++) {
-                    const int last = y == p->height - 1 && x == p->width - 1;
-                    from[filled] = x_in;
-                    to[filled] = x_out;
-                    x_in += p->in_pixel;
-                    x_out += p->out_pixel;
-                    if (added) {
-                        plus[filled] = x_add;
-                        x_add += p->add_pixel;
-                    }
-                    filled++;
-                    if (filled < PIXELS && !last)
-                        continue;
-                    for (i = filled; i < PIXELS; i++) {
-                        from[i] = from[filled - 1];
-                        to[i] = to[filled - 1];
-                        if (added)
-                            plus[i] = plus[filled - 1];
-                    }
-                    NAME(pixels)(p, from, weights + g * size, bias + g * padded, added ? plus : NULL, to, filled);
-                    filled = 0;
+            nn_place place = {0, 0, 0, 0, 0};
+            e.in = in + (ptrdiff_t)n * p->in_batch + g * p->inputs;
+            e.add = add ? add + (ptrdiff_t)n * p->add_batch + g * p->outputs : NULL;
+            e.out = out + (ptrdiff_t)n * p->out_batch + g * p->outputs;
+            while ((count = nn_pixels(p, &place, PIXELS, e.in_at, e.add_at, e.out_at)) > 0)
+                for (c = 0; c < p->outputs; c += vectors * LANES) {
+                    const float *w = weights + (g * padded + c / p->block * p->block) * size + c % p->block;
+                    vectors = p->outputs - c > (VECTORS - 1) * LANES ? VECTORS : 1;
+                    CHOOSE(count, vectors, (p, &e, w, bias + g * padded + c, c))
                 }
-            }
         }
 }
 

@@ -1,6 +1,7 @@
 /* Convolutions with NEON. */
 #include "nn.h"
 #include "levels.h"
+#include "pixels.h"
 
 #ifdef NN_NEON
 #include <arm_neon.h>
@@ -48,11 +49,59 @@ static INLINE V v_min(V a, V b) { return vminq_f32(a, b); }
 #define UNIT 4
 #define UNITS 4
 #define INTEGER_PIXELS 4
-#define D_LANES 4
 
 typedef int8x16_t B;
 typedef int8x16_t W;
 typedef int32x4_t D;
+typedef struct {
+    int16x4_t one, two;
+} P;
+typedef struct {
+    int32x4_t factor, negative, zero, low, high;
+    int64x2_t first, last; /* shifts */
+    int signs;
+} R;
+
+static INLINE int32x4_t i_some(const int32_t *p, int n)
+{
+    int32_t some[4] = {1, 1, 1, 1};
+    if (n == UNIT)
+        return vld1q_s32(p);
+    memcpy(some, p, 4 * (unsigned)n);
+    return vld1q_s32(some);
+}
+static INLINE R r_load(const nn_requantize *q, int channel, int n)
+{
+    const int32x4_t shift = i_some(q->shift + channel, n);
+    R r;
+    r.signs = q->negative != NULL;
+    r.factor = i_some(q->multiplier + channel, n);
+    r.negative = r.signs ? i_some(q->negative + channel, n) : r.factor;
+    r.first = vnegq_s64(vmovl_s32(vget_low_s32(shift)));
+    r.last = vnegq_s64(vmovl_s32(vget_high_s32(shift)));
+    r.zero = vdupq_n_s32(q->zero);
+    r.low = vdupq_n_s32(q->low);
+    r.high = vdupq_n_s32(q->high);
+    return r;
+}
+static INLINE void r_store(const R *r, D v, int8_t *out, int n)
+{
+    const int32x4_t factor = r->signs ? vbslq_s32(vcltzq_s32(v), r->negative, r->factor) : r->factor;
+    const int64x2_t first = vmull_s32(vget_low_s32(v), vget_low_s32(factor)), last = vmull_high_s32(v, factor);
+    int8x8_t bytes;
+    v = vmovn_high_s64(vmovn_s64(vrshlq_s64(first, r->first)), vrshlq_s64(last, r->last)); /* halves go up */
+    v = vaddq_s32(v, r->zero);
+    v = vmaxq_s32(vminq_s32(v, r->high), r->low);
+    bytes = vmovn_s16(vcombine_s16(vmovn_s32(v), vmovn_s32(v)));
+    if (n == UNIT) {
+        const int32_t four = vget_lane_s32(vreinterpret_s32_s8(bytes), 0);
+        memcpy(out, &four, UNIT);
+    } else {
+        int8_t some[8];
+        vst1_s8(some, bytes);
+        memcpy(out, some, (size_t)n);
+    }
+}
 
 static INLINE W i_weights(const int8_t *p) { return vld1q_s8(p); }
 static INLINE B i_four(const int8_t *p)
@@ -61,42 +110,11 @@ static INLINE B i_four(const int8_t *p)
     memcpy(&four, p, 4);
     return vreinterpretq_s8_s32(vdupq_n_s32(four));
 }
-static INLINE int32x4_t i_some(const int32_t *p, int n)
-{
-    int32_t some[4] = {1, 1, 1, 1};
-    memcpy(some, p, 4 * (unsigned)n);
-    return vld1q_s32(some);
-}
-static INLINE int64x2_t i_half(int32x2_t sum, int32x2_t factor, int32x2_t shift)
-{
-    return vrshlq_s64(vmull_s32(sum, factor), vnegq_s64(vmovl_s32(shift))); /* halves go up */
-}
-static INLINE void d_store(const nn_requantize *q, int channel, D v, int8_t *out, int n)
-{
-    const int32x4_t shift = i_some(q->shift + channel, n);
-    int32x4_t factor = i_some(q->multiplier + channel, n), whole;
-    int8_t bytes[8];
-    if (q->negative)
-        factor = vbslq_s32(vcltzq_s32(v), i_some(q->negative + channel, n), factor);
-    whole = vcombine_s32(vmovn_s64(i_half(vget_low_s32(v), vget_low_s32(factor), vget_low_s32(shift))),
-                         vmovn_s64(i_half(vget_high_s32(v), vget_high_s32(factor), vget_high_s32(shift))));
-    whole = vaddq_s32(whole, vdupq_n_s32(q->zero));
-    whole = vmaxq_s32(vminq_s32(whole, vdupq_n_s32(q->high)), vdupq_n_s32(q->low));
-    vst1_s8(bytes, vmovn_s16(vcombine_s16(vmovn_s32(whole), vmovn_s32(whole))));
-    if (n == 4)
-        memcpy(out, bytes, 4);
-    else
-        memcpy(out, bytes, (size_t)n);
-}
-
 #ifdef __ARM_FEATURE_DOTPROD
 typedef int32x4_t A;
 static INLINE A i_start(const nn_requantize *q, int channel) { return vld1q_s32(q->bias + channel); }
 static INLINE A i_dot(A sum, B x, W w) { return vdotq_s32(sum, w, x); }
-static INLINE void i_store(const nn_requantize *q, int channel, A v, int8_t *out, int n)
-{
-    d_store(q, channel, v, out, n);
-}
+static INLINE D i_sums(A sum) { return sum; }
 #else
 /* Two sums for each output, of two outputs in each. */
 typedef struct {
@@ -114,23 +132,31 @@ static INLINE A i_dot(A sum, B x, W w)
     sum.second = vpadalq_s16(sum.second, vmull_high_s8(w, x));
     return sum;
 }
-static INLINE void i_store(const nn_requantize *q, int channel, A v, int8_t *out, int n)
-{
-    d_store(q, channel, vpaddq_s32(v.first, v.second), out, n);
-}
+static INLINE D i_sums(A sum) { return vpaddq_s32(sum.first, sum.second); }
 #endif
 
 static INLINE D d_start(const nn_requantize *q, int channel, int n) { return i_some(q->bias + channel, n); }
-static INLINE D d_load(const int8_t *p, int n)
+static INLINE int16x4_t d_wide(const int8_t *p, int n)
 {
-    int8_t bytes[8] = {0};
-    if (n == 4)
-        memcpy(bytes, p, 4);
+    int32_t bytes = 0;
+    if (n == UNIT)
+        memcpy(&bytes, p, UNIT);
     else
-        memcpy(bytes, p, (size_t)n);
-    return vmovl_s16(vget_low_s16(vmovl_s8(vld1_s8(bytes))));
+        memcpy(&bytes, p, (size_t)n);
+    return vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(bytes))));
 }
-static INLINE D d_add(D sum, D x, D w) { return vmlaq_s32(sum, x, w); }
+static INLINE P d_pair(const int8_t *p, const int8_t *q, int n)
+{
+    const P v = {d_wide(p, n), d_wide(q, n)};
+    return v;
+}
+static INLINE P d_single(const int8_t *p, int n)
+{
+    const P v = {d_wide(p, n), vdup_n_s16(0)};
+    return v;
+}
+static INLINE D d_add(D sum, P x, P w) { return vmlal_s16(sum, x.one, w.one); }
+static INLINE D d_dot(D sum, P x, P w) { return vmlal_s16(d_add(sum, x, w), x.two, w.two); }
 
 #define INTEGER_TILES INTEGER_TILE(4, 4) INTEGER_TILE(4, 1) INTEGER_TILE(1, 4) INTEGER_TILE(1, 1)
 #define INTEGER_CHOOSE(count, units, arguments) \
@@ -139,5 +165,5 @@ static INLINE D d_add(D sum, D x, D w) { return vmlaq_s32(sum, x, w); }
     else \
         (count > 1 ? NAME(integer_tile_4_1) : NAME(integer_tile_1_1)) arguments;
 #include "conv_s8.h"
-#include "sums.h"
+#include "rows.h"
 #endif

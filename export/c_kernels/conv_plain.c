@@ -1,6 +1,7 @@
 /* Convolutions in plain C: four outputs side by side stand for a vector. Right everywhere; for Cortex-M and the like. */
 #include "nn.h"
 #include "levels.h"
+#include "pixels.h"
 #include <math.h>
 #include <string.h>
 
@@ -92,7 +93,6 @@ static INLINE V v_fma(V x, V y, V z)
 #define UNIT 4
 #define UNITS 1
 #define INTEGER_PIXELS 2
-#define D_LANES 4
 
 typedef struct {
     int32_t a, b, c, d;
@@ -100,21 +100,54 @@ typedef struct {
 typedef A B;
 typedef const int8_t *W;
 typedef A D;
+typedef struct {
+    A one, two;
+} P;
+typedef struct {
+    const nn_requantize *q;
+    int channel;
+} R;
 
-static INLINE A i_start(const nn_requantize *q, int channel)
+static INLINE A i_some(int32_t a, int32_t b, int32_t c, int32_t d)
 {
-    const int32_t *p = q->bias + channel;
-    const A v = {p[0], p[1], p[2], p[3]};
+    const A v = {a, b, c, d};
     return v;
 }
+
+static INLINE A i_wide(const int8_t *p, int n)
+{
+    return i_some(p[0], n > 1 ? p[1] : 0, n > 2 ? p[2] : 0, n > 3 ? p[3] : 0);
+}
+
+static INLINE R r_load(const nn_requantize *q, int channel, int n)
+{
+    const R r = {q, channel};
+    (void)n;
+    return r;
+}
+
+static INLINE void r_store(const R *r, D v, int8_t *out, int n)
+{
+    out[0] = nn_rounded(r->q, r->channel, v.a);
+    if (n > 1)
+        out[1] = nn_rounded(r->q, r->channel + 1, v.b);
+    if (n > 2)
+        out[2] = nn_rounded(r->q, r->channel + 2, v.c);
+    if (n > 3)
+        out[3] = nn_rounded(r->q, r->channel + 3, v.d);
+}
+
+static INLINE D d_start(const nn_requantize *q, int channel, int n)
+{
+    const int32_t *p = q->bias + channel;
+    return i_some(p[0], n > 1 ? p[1] : 0, n > 2 ? p[2] : 0, n > 3 ? p[3] : 0);
+}
+
+static INLINE A i_start(const nn_requantize *q, int channel) { return d_start(q, channel, UNIT); }
 
 static INLINE W i_weights(const int8_t *p) { return p; }
 
-static INLINE B i_four(const int8_t *p)
-{
-    const B v = {p[0], p[1], p[2], p[3]};
-    return v;
-}
+static INLINE B i_four(const int8_t *p) { return i_wide(p, UNIT); }
 
 static INLINE int32_t four(int32_t sum, B x, const int8_t *w)
 {
@@ -123,50 +156,34 @@ static INLINE int32_t four(int32_t sum, B x, const int8_t *w)
 
 static INLINE A i_dot(A sum, B x, W w)
 {
-    const A v = {four(sum.a, x, w), four(sum.b, x, w + 4), four(sum.c, x, w + 8), four(sum.d, x, w + 12)};
+    return i_some(four(sum.a, x, w), four(sum.b, x, w + 4), four(sum.c, x, w + 8), four(sum.d, x, w + 12));
+}
+
+static INLINE D i_sums(A sum) { return sum; }
+
+static INLINE P d_pair(const int8_t *p, const int8_t *q, int n)
+{
+    const P v = {i_wide(p, n), i_wide(q, n)};
     return v;
 }
 
-static INLINE void i_store(const nn_requantize *q, int channel, A v, int8_t *out, int n)
+static INLINE P d_single(const int8_t *p, int n)
 {
-    out[0] = nn_rounded(q, channel, v.a);
-    if (n > 1)
-        out[1] = nn_rounded(q, channel + 1, v.b);
-    if (n > 2)
-        out[2] = nn_rounded(q, channel + 2, v.c);
-    if (n > 3)
-        out[3] = nn_rounded(q, channel + 3, v.d);
-}
-
-static INLINE D d_some(int32_t a, int32_t b, int32_t c, int32_t d)
-{
-    const D v = {a, b, c, d};
+    const P v = {i_wide(p, n), {0, 0, 0, 0}};
     return v;
 }
 
-static INLINE D d_start(const nn_requantize *q, int channel, int n)
+static INLINE D i_add(D sum, A x, A w)
 {
-    const int32_t *p = q->bias + channel;
-    return d_some(p[0], n > 1 ? p[1] : 0, n > 2 ? p[2] : 0, n > 3 ? p[3] : 0);
+    return i_some(sum.a + x.a * w.a, sum.b + x.b * w.b, sum.c + x.c * w.c, sum.d + x.d * w.d);
 }
 
-static INLINE D d_load(const int8_t *p, int n)
-{
-    return d_some(p[0], n > 1 ? p[1] : 0, n > 2 ? p[2] : 0, n > 3 ? p[3] : 0);
-}
+static INLINE D d_add(D sum, P x, P w) { return i_add(sum, x.one, w.one); }
 
-static INLINE D d_add(D sum, D x, D w)
-{
-    return d_some(sum.a + x.a * w.a, sum.b + x.b * w.b, sum.c + x.c * w.c, sum.d + x.d * w.d);
-}
-
-static INLINE void d_store(const nn_requantize *q, int channel, D v, int8_t *out, int n)
-{
-    i_store(q, channel, v, out, n);
-}
+static INLINE D d_dot(D sum, P x, P w) { return i_add(i_add(sum, x.one, w.one), x.two, w.two); }
 
 #define INTEGER_TILES INTEGER_TILE(2, 1) INTEGER_TILE(1, 1)
 #define INTEGER_CHOOSE(count, units, arguments) \
     (count > 1 ? NAME(integer_tile_2_1) : NAME(integer_tile_1_1)) arguments;
 #include "conv_s8.h"
-#include "sums.h"
+#include "rows.h"

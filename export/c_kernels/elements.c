@@ -182,17 +182,27 @@ void nn_cast(const nn_walk *w, const uint8_t *in, float *out)
     ROWS(w, uint8_t, float, (float)v)
 }
 
-/* To the nearest integer, halves to the even one, for |x| < 2^22. */
-static int nearest(float x)
+/* Values that lie apart are gathered, and scattered, some at a time. */
+void nn_quantize(const nn_walk *w, const nn_grid *g, const float *in, int8_t *out)
 {
-    const float big = 12582912.0f, moved = x + big; /* 1.5 · 2^23: its last place is 1 */
-    return (int)(moved - big);
-}
-
-void nn_quantize(const nn_walk *w, float inverse, int zero, int low, int high, const float *in, int8_t *out)
-{
-    const float least = (float)(low - zero), most = (float)(high - zero);
-    ROWS(w, float, int8_t, (int8_t)(nearest(between(v * inverse, least, most)) + zero))
+    enum { SOME = 256 };
+    float x[SOME];
+    int8_t y[SOME];
+    OUTER(w)
+    {
+        const float *from = in + AT(w, one);
+        int8_t *to = out + AT(w, out);
+        const ptrdiff_t s = w->one[5], t = w->out[5];
+        int k, count;
+        for (i = 0; i < n; i += count) {
+            count = n - i < SOME ? n - i : SOME;
+            for (k = 0; k < count && s != 1; k++)
+                x[k] = from[(i + k) * s];
+            nn_quantize_row(g, count, s == 1 ? from + i : x, t == 1 ? to + i : y);
+            for (k = 0; k < count && t != 1; k++)
+                to[(i + k) * t] = y[k];
+        }
+    }
 }
 
 void nn_dequantize(const nn_walk *w, float scale, int zero, const int8_t *in, float *out)

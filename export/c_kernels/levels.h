@@ -13,7 +13,8 @@
                                  int8_t *out); \
     void nn_integer_depthwise_##level(const nn_conv *p, const nn_requantize *q, const int8_t *in, \
                                       const int8_t *weights, int8_t *out); \
-    void nn_sum_row_##level(const nn_sum *s, int n, const int8_t *one, const int8_t *two, int8_t *out);
+    void nn_sum_row_##level(const nn_sum *s, int n, const int8_t *one, const int8_t *two, int8_t *out); \
+    void nn_quantize_row_##level(const nn_grid *g, int n, const float *in, int8_t *out);
 NN_DECLARE(plain)
 NN_DECLARE(avx2)
 NN_DECLARE(avx512)

@@ -94,7 +94,13 @@ typedef struct {
 void nn_border_f32(const nn_border *b, float value, float *out);
 void nn_border_s8(const nn_border *b, int8_t value, int8_t *out);
 void nn_cast(const nn_walk *w, const uint8_t *in, float *out);
-void nn_quantize(const nn_walk *w, float inverse, int zero, int low, int high, const float *in, int8_t *out);
+/* Steps of a grid (their inverse), the integer that stands for 0, and limits of integers. */
+typedef struct {
+    float inverse;
+    int zero, low, high;
+} nn_grid;
+void nn_quantize_row(const nn_grid *g, int n, const float *in, int8_t *out);
+void nn_quantize(const nn_walk *w, const nn_grid *g, const float *in, int8_t *out);
 void nn_dequantize(const nn_walk *w, float scale, int zero, const int8_t *in, float *out);
 void nn_table_s8(const nn_walk *w, const int8_t *table, const int8_t *in, int8_t *out);
 /* ((one - a.zero) · a.multiplier ± …) as nn_requantize has it, in 32 bits. */
