@@ -54,13 +54,15 @@ class Tree:
 
     def order(self) -> Ints:
         """Channels, parents before children; int64 (channels,)."""
-        return np.argsort(self.levels(), kind="stable")
+        order: Ints = np.argsort(self.levels(), kind="stable")
+        return order
 
 
 def distances(signs: NDArray[np.bool_]) -> Ints:
     """In how many places each pair of rows differs; ``signs``: bool (channels, places); int64 (channels, channels)."""
     values = np.where(signs.reshape(len(signs), -1), 1.0, -1.0)
-    return ((values.shape[1] - values @ values.T) / 2).round().astype(np.int64)
+    differing: Ints = ((values.shape[1] - values @ values.T) / 2).round().astype(np.int64)
+    return differing
 
 
 def spanning_tree(between: Ints) -> Tree:
