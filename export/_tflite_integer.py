@@ -21,6 +21,7 @@ from edgepack.export._qdq import quantized
 from edgepack.export._tflite_copies import with_copies
 from edgepack.export._tflite_ends import image_convolution, stays_float
 from edgepack.export._tflite_file import constant
+from edgepack.export._tflite_pools import with_halves, without_halves
 from edgepack.export._tflite_quantized import WEIGHTED
 from edgepack.export._tflite_ranges import harmonized, with_slopes
 from edgepack.export._tflite_weights import Weight
@@ -52,7 +53,7 @@ def lower_integers(graph: Graph, plan: Plan) -> Graph:
     dynamic = {name for name, form in forms.items() if form == "dynamic"}
     nodes = {name: _fixed(entry, forms.get(name)) for name, entry in plan.nodes.items()}
     simulation = quantized(graph, replace(plan, nodes=nodes), TFLITE)
-    return _rounding(simulation, plan, dynamic) if dynamic else simulation
+    return with_halves(_rounding(simulation, plan, dynamic) if dynamic else simulation)
 
 
 def _form(node: Node, entry: Mapping[str, Any]) -> str:
@@ -108,6 +109,7 @@ def float_weights(simulation: Graph) -> tuple[Graph, list[Weight]]:
 
     module = simulation.program.module(check_guards=False)
     to_floats = torch.ops.quantized_decomposed.dequantize_per_channel.default
+    without_halves(module)
     weights, forms = [], _forms(module)
     for node in list(module.graph.find_nodes(op="call_function", target=to_floats)):
         integers, scale = (_attribute(module, source) for source in node.args[:2])
