@@ -51,9 +51,10 @@ def apart(whole: Array, wanted: Array, steps: Array | None, zero: float) -> Arra
 
 def _exact(node: Node, known: Mapping[Node, Any]) -> Tensor | None:
     if str(node.target) == DEQUANTIZE:
-        stored, scale, zero = node.args[:3]
-        whole: Tensor = known[stored]  # type: ignore[index]
-        return (whole.double() - zero) * scale  # type: ignore[operator]
+        given: Any = node.args
+        stored, scale, zero = given[:3]
+        value: Tensor = (known[stored].double() - zero) * scale
+        return value
     if str(node.target).removeprefix("aten.").partition(".")[0] not in LINEAR:
         return None
     sources = {source: _exact(source, known) for source in node.all_input_nodes}
