@@ -17,6 +17,7 @@ from edgepack.export._alignment import aligned, word
 from edgepack.export._dialects import _assign, _attribute, _groups, retrace
 from edgepack.export._ends import skip_into
 from edgepack.export._integer_dialect import ADDITIONS, CONVOLUTIONS, LEAKY, RELUS, Dialect, narrow_depthwise
+from edgepack.export._probed import probed
 from edgepack.export._qdq import quantized
 from edgepack.export._tflite_copies import with_copies
 from edgepack.export._tflite_ends import image_convolution, stays_float
@@ -43,6 +44,11 @@ TFLITE = Dialect(
 DIALECTS = tuple(TFLITE.forms.values())
 
 
+def here() -> tuple[Dialect, list[str]]:
+    """The dialect as the stored probe of this machine wants it, and the sentence that says so."""
+    return probed(TFLITE, "tflite", "s8")
+
+
 def lower_integers(graph: Graph, plan: Plan) -> Graph:
     """The simulation. Raises Unsupported where the plan asks for what TFLite lacks."""
     graph, plan = with_copies(graph, plan)
@@ -52,7 +58,7 @@ def lower_integers(graph: Graph, plan: Plan) -> Graph:
     forms = {name: _form(node, plan.nodes[name]) for node, name in names.items() if "weight" in plan.nodes[name]}
     dynamic = {name for name, form in forms.items() if form == "dynamic"}
     nodes = {name: _fixed(entry, forms.get(name)) for name, entry in plan.nodes.items()}
-    simulation = quantized(graph, replace(plan, nodes=nodes), TFLITE)
+    simulation = quantized(graph, replace(plan, nodes=nodes), here()[0])
     return with_halves(_rounding(simulation, plan, dynamic) if dynamic else simulation)
 
 
@@ -157,7 +163,7 @@ def choices(simulation: Graph, weights: Sequence[Weight]) -> list[str]:
                 if word(node) == "conv2d" and node.args[1].op in ("get_attr", "placeholder")]  # fmt: skip
     image, narrow = (sum(map(kind, floating)) for kind in (image_convolution, narrow_depthwise))
     ends = sum(skip_into(node) is not None for node in floating)
-    notes = []
+    notes = here()[1] if simulation.dialect in DIALECTS else []
     if simulation.dialect == TFLITE.forms["dynamic"] and static:
         notes.append(
             f"{static} convolutions round what they read in ranges from calibration, which is faster than in ranges "
