@@ -50,8 +50,8 @@ class Dialect:
             costs the network more than so small an operator can bring.
         detour: sums an engine computes in one with the weighted operator before them, whose result stays float; only
             what comes another way is quantized.
-        first: of two weighted operators before such a sum, the engine takes the one the sum names first, not the one
-            computed last; and the result of the other is quantized around 0, which the engine adds without a shift.
+        first: of two convolutions before such a sum, the engine takes the one the sum names first, not the one computed
+            last; and the result of the other is quantized around 0, which the engine adds without a shift.
         early: operators that only pick among values, before which these are quantized, not behind.
         twins: the first convolution of a skip is computed twice where other sums read it as well: in float for the one
             that stays float, in integers for the rest.

@@ -177,7 +177,7 @@ class _Writer:
         order = {before: place for place, before in enumerate(self.module.graph.nodes)}
         ends = [way for way in ways if way in self.names and self._static(way) and len(way.users) == 1]
         if self.dialect.first:
-            for way in ends[1:]:
+            for way in [end for end in ends if word(end) in CONVOLUTIONS][1:]:
                 known = self._entry(way)["range"]
                 self.grids.setdefault(way, self.dialect.around_zero(known["low"], known["high"]))
             return
