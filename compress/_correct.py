@@ -66,7 +66,7 @@ class Correction(fx.Interpreter):
             bias, axis = self._biases[n.name]
             error = (self._means[n.name] - _mean(result, axis)).to(bias.dtype)
             bias += error
-            result = result + error.view([-1 if index == axis else 1 for index in range(result.dim())])
+            result += error.view([-1 if index == axis else 1 for index in range(result.dim())])
             self.largest = max(self.largest, float(error.abs().max()))
         return self._quantize(n, result) if isinstance(result, Tensor) else result
 

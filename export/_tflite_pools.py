@@ -59,12 +59,19 @@ def without_halves(module: GraphModule) -> None:
 def _integer(pool: Node) -> bool:
     """Whether the file averages integers: what is read and every rounding of the result are on one grid."""
     source: Any = pool.args[0]
-    if "dequantize_per_tensor" not in str(source.target):
+    if "dequantize_per_tensor" not in str(source.target) or not _whole_windows(pool):
         return False
     node = pool
     while len(node.users) == 1 and word(node) in PASSING | POOLS:
         node = next(iter(node.users))
     return "quantize_per_tensor" in str(node.target) and node.args[GRID] == source.args[GRID]
+
+
+def _whole_windows(pool: Node) -> bool:
+    """Whether every mean is of a whole window; of others the converter makes several operators."""
+    given: Any = pool.args[3:]
+    padding, ceil_mode, _, divisor = [*given, *(0, False, True, None)[len(given) :]]
+    return padding in (0, [0], [0, 0]) and not ceil_mode and divisor is None
 
 
 def _round(module: GraphModule, pool: Node) -> None:
