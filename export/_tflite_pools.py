@@ -69,8 +69,9 @@ def _integer(pool: Node) -> bool:
 
 def _whole_windows(pool: Node) -> bool:
     """Whether every mean is of a whole window; of others the converter makes several operators."""
-    given: Any = pool.args[3:]
-    padding, ceil_mode, _, divisor = [*given, *(0, False, True, None)[len(given) :]]
+    given: list[Any] = list(pool.args[3:])
+    usual: list[Any] = [0, False, True, None]
+    padding, ceil_mode, _, divisor = given + usual[len(given) :]
     return padding in (0, [0], [0, 0]) and not ceil_mode and divisor is None
 
 
