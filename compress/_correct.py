@@ -66,10 +66,12 @@ class Correction(fx.Interpreter):
             bias, axis = self._biases[n.name]
             error = (self._means[n.name] - _mean(result, axis)).to(bias.dtype)
             bias += error
-            result = result + error.view([-1 if index == axis else 1 for index in range(result.dim())])
+            result += error.view([-1 if index == axis else 1 for index in range(result.dim())])
             self.largest = max(self.largest, float(error.abs().max()))
         return self._quantize(n, result) if isinstance(result, Tensor) else result
 
 
 def _mean(value: Tensor, axis: int) -> Tensor:
-    return value.movedim(axis, 0).flatten(1).double().mean(1)
+    """Mean of each channel in float64; sample by sample, for a copy of all in float64 takes twice their memory."""
+    samples = value.movedim(axis, 1)
+    return torch.stack([sample.reshape(len(sample), -1).double().mean(1) for sample in samples]).mean(0)

@@ -35,4 +35,25 @@ def _openvino(path: Path) -> tuple[str, ...]:
     return tuple(f"{layer} {precision}" for layer, precision in layers if layer not in MOVES)
 
 
-KERNELS: Mapping[str, Callable[[Path], tuple[str, ...]]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+def _tflite(path: Path) -> tuple[str, ...]:
+    """``XNNPACK`` for each part that it takes, then TFLite's own operators where it takes nothing."""
+    litert = require("ai_edge_litert.interpreter", "tflite-run")
+    interpreter = litert.Interpreter(model_path=str(path), num_threads=1)
+    interpreter.allocate_tensors()
+    names = [str(node["op_name"]) for node in interpreter._get_ops_details()]
+    parts = names.count("DELEGATE")
+    return ("XNNPACK",) * parts if parts else tuple(name for name in names if name != "QUANTIZE")
+
+
+def _coreml(path: Path) -> tuple[str, ...]:
+    """Operators of the program; which kernels a Mac takes, only a Mac tells."""
+    proto = require("coremltools.proto.Model_pb2", "coreml-run")
+    model = proto.Model()
+    model.ParseFromString(path.read_bytes())
+    (block,) = model.mlProgram.functions["main"].block_specializations.values()
+    return tuple(operation.type for operation in block.operations if operation.type != "const")
+
+
+KERNELS: Mapping[str, Callable[[Path], tuple[str, ...]]] = {
+    "onnxruntime": _onnxruntime, "openvino": _openvino, "tflite": _tflite, "coreml": _coreml,
+}  # fmt: skip

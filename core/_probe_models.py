@@ -43,12 +43,16 @@ class Form:
         bits: of weights.
         channels: one scale per output channel of a weight, else one for all.
         dynamic: activations are rounded at run time.
+        zero: the integer that stands for 0 in what is read, of signed ones.
+        left: in float, between integers.
     """
 
     signed: bool | None = False
     bits: int = 8
     channels: bool = True
     dynamic: bool = False
+    zero: int = 0
+    left: bool = False
 
 
 MAP, TOKENS = (1, 32, 28, 28), (1, 64, 192)
@@ -97,6 +101,31 @@ def forms(operator: Operator) -> dict[str, Form]:
         for name, form in WEIGHTED.items()
         if (form.bits == 8 or products) and (not form.dynamic or plain)
     }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Written:
+    """A model, what it is fed, and what it must answer.
+
+    Attributes:
+        files: name → content.
+        steps: what integer answers are the rounding of, from their zero; None where halves are rounded as answered.
+        zero: of integer answers.
+    """
+
+    format: str
+    files: dict[str, bytes]
+    inputs: dict[str, Array]
+    answers: dict[str, Array]
+    steps: Array | None = None
+    zero: int = 0
+
+
+def written(case: Case, form: Form | None) -> Written:
+    """An ONNX model, judged by the reference implementation of the format."""
+    model = case.float_model() if form is None else case.model(form)
+    inputs = case.inputs(form)
+    return Written("onnx", {"model.onnx": model.SerializeToString()}, inputs, evaluate(model, inputs))
 
 
 @dataclass(eq=False)

@@ -132,7 +132,7 @@ def probed(probes: Sequence[Probe]) -> Table:
         cells = (
             *_cells(*names, one.form),
             word,
-            escape(_wording.ratio(ratio)),
+            "not run" if one.untimed else escape(_wording.ratio(ratio)),
             f"[{colour}]{escape(judged)}[/{colour}]",
         )
         counted = Counter(one.kernels).items()

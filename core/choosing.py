@@ -1,11 +1,13 @@
 """``activations = "auto"``: of the forms that a format has, the fastest that is close enough to the original.
 
-Both forms are written, proved, compared with the original on the golden samples and timed in one interleaved run.
+Both forms are written, proved, compared with the original on the golden samples and timed in interleaved runs, until
+it is certain which is faster or the time is over.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -17,16 +19,18 @@ from edgepack.errors import DeviceError, MissingExtra, Unsupported
 from edgepack.parity import beside_original
 from edgepack.profiling import profile
 from edgepack.progress import Progress
+from edgepack.statistics import Interval, verdict
 
 if TYPE_CHECKING:
-    from edgepack.measurement import Ratio
     from edgepack.plan import Plan
 
 AUTO = "auto"
 FORMS = ("static", "dynamic")  # where nothing can be measured, the first that is close enough
 CLOSE_DB = 1.0  # a form is close enough if its SQNR is at most this much below the best …
 ENOUGH_DB = 30.0  # … or this high: noise of a thousandth of the signal's power
-MAX_SECONDS = 10.0
+RUN_SECONDS = 6.0  # longer than most slow spells of a shared machine
+LEAST_RUNS = 3
+MAX_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,12 @@ def decided(plan: Plan, form: str) -> Plan:
     )
 
 
-def choose(write: Callable[[str], Artifact], progress: Progress) -> Choice:
+def choose(write: Callable[[str], Artifact], progress: Progress, clock: Callable[[], float] = time.monotonic) -> Choice:
     """Choose a form for one format and network.
 
     Args:
         write: writes and proves the artifact of one form.
+        clock: seconds, only rising.
 
     Raises:
         Unsupported: the format has none of the forms; says why for the first.
@@ -75,15 +80,11 @@ def choose(write: Callable[[str], Artifact], progress: Progress) -> Choice:
     levels = {form: _sqnr_db(artifact) for form, artifact in found.items()}
     close = [form for form, level in levels.items() if level >= min(max(levels.values()) - CLOSE_DB, ENOUGH_DB)]
     try:
-        ratio = _ratio(list(found.values()), progress)
+        race = _race(list(found.values()), progress, clock)
     except (DeviceError, MissingExtra, Unsupported) as error:
         return Choice(close[0], f"{_chosen(close[0], close, levels)}; by rule, nothing was timed: {error.message}")
-    form = _fastest(close, ratio, levels)
-    timed = (
-        f"dynamic takes {ratio.value:.3f} × the time of static (95 % {ratio.low:.3f} … {ratio.high:.3f}) on this "
-        f"machine: {ratio.verdict}"
-    )
-    return Choice(form, f"{_chosen(form, close, levels)}; {timed}")
+    form = _fastest(close, race.verdict, levels)
+    return Choice(form, f"{_chosen(form, close, levels)}; {race}")
 
 
 def _candidates(write: Callable[[str], Artifact]) -> tuple[dict[str, Artifact], list[str]]:
@@ -110,21 +111,62 @@ def _sqnr_db(artifact: Artifact) -> float:
     return math.inf if found is None else found
 
 
-def _ratio(artifacts: Sequence[Artifact], progress: Progress) -> Ratio:
-    """Latency of the second artifact over the first."""
+@dataclass(frozen=True)
+class _Race:
+    """What repeated runs say of two forms.
+
+    Interference only slows, for a while and one form more than another. The lowest floor of a form is what it takes
+    undisturbed as soon as another run has come as low; until then its second lowest says by how much that may be off.
+
+    Attributes:
+        static_ms, dynamic_ms: floors of each run.
+    """
+
+    static_ms: Sequence[float]
+    dynamic_ms: Sequence[float]
+
+    @property
+    def ratio(self) -> Interval:
+        """Latency of dynamic over static."""
+        (static, other), (dynamic, another) = (
+            sorted([*row, math.inf])[:2] for row in (self.static_ms, self.dynamic_ms)
+        )
+        return Interval(dynamic / static, dynamic / other, another / static)
+
+    @property
+    def verdict(self) -> str:
+        if len(self.static_ms) < LEAST_RUNS:
+            return "cannot tell"
+        return verdict(self.ratio, Settings.tolerance)
+
+    def __str__(self) -> str:
+        runs = f"{len(self.static_ms)} runs" if len(self.static_ms) > 1 else "one run"
+        value, low, high = self.ratio
+        figures = f"{value:.3f} × the time of static (floors of {runs}: {low:.3f} … {high:.3f})"
+        ended = f"{self.verdict}, so the one closer to the original" if self.verdict == "cannot tell" else self.verdict
+        return f"dynamic takes {figures} on this machine: {ended}"
+
+
+def _race(artifacts: Sequence[Artifact], progress: Progress, clock: Callable[[], float]) -> _Race:
+    """Time two forms beside each other until runs agree which is faster, or the time is over."""
     device = parts.find(Device, "host")()
-    settings = Settings(max_seconds=MAX_SECONDS, cold=False)
-    ratio = profile(artifacts, device, None, settings, progress)[1].ratio
-    assert ratio is not None  # the second of two contenders always has one
-    return ratio
+    floors_ms: list[list[float]] = []
+    began = clock()
+    while True:
+        settings = Settings(instances=3, max_seconds=RUN_SECONDS, cold=False, seed=len(floors_ms))
+        profiles = profile(artifacts, device, None, settings, progress)
+        floors_ms.append([float(one.conditions["floor_ms"]) for one in profiles])
+        race = _Race(*zip(*floors_ms, strict=True))
+        if race.verdict != "cannot tell" or clock() - began >= MAX_SECONDS:
+            return race
 
 
-def _fastest(close: Sequence[str], ratio: Ratio, levels: Mapping[str, float]) -> str:
+def _fastest(close: Sequence[str], verdict: str, levels: Mapping[str, float]) -> str:
     """Of two forms that are equally fast, or might be, the one closer to the original."""
     if len(close) == 1:
         return close[0]
     static, dynamic = FORMS
-    return {"faster": dynamic, "slower": static}.get(ratio.verdict) or max(close, key=lambda form: levels[form])
+    return {"faster": dynamic, "slower": static}.get(verdict) or max(close, key=lambda form: levels[form])
 
 
 def _chosen(form: str, close: Sequence[str], levels: Mapping[str, float]) -> str:

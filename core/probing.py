@@ -1,8 +1,8 @@
 """``edgepack doctor --probe``: what the engines here make of single operators in 8 and 4 bits.
 
-Tiny models of one operator each are loaded, held against the format's reference implementation and timed beside the
-float operator of the same size. What was found is kept in the user's cache folder, per engine version and processor,
-and dialects ask ``known`` before they put an operator into integers.
+Tiny models of one operator each are loaded, held against reference implementations and timed beside the float operator
+of the same size (Core ML off a Mac is interpreted, so not timed). What was found is kept in the user's cache folder,
+per engine version and processor, and dialects ask ``known`` before they put an operator into integers.
 """
 
 from __future__ import annotations
@@ -19,21 +19,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepack import parts
+from edgepack import _probe_coreml, _probe_models, _probe_tflite, parts
 from edgepack._probe_engines import KERNELS
-from edgepack._probe_models import OPERATORS, Case, Form, evaluate, forms
+from edgepack._probe_models import OPERATORS, Case, Form, Written
 from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, Parity, describe_files, write_text
 from edgepack.contracts import Contender, Device, Runtime, Settings, TensorSpec
 from edgepack.errors import DeviceError, EdgepackError, MissingExtra, require
+from edgepack.halves import apart
 from edgepack.measurement import Ratio
 from edgepack.progress import Progress
 from edgepack.versions import installed
 
 if TYPE_CHECKING:
-    import onnx
+    from types import ModuleType
 
 SCHEMA = 1
-ENGINES = {"onnx": "onnxruntime"}  # format whose dialect asks ``known`` → the engine it asks about
+# format whose dialect asks ``known`` → the engine it asks about
+ENGINES = {"onnx": "onnxruntime", "tflite": "tflite"}
+WRITERS: Mapping[str, ModuleType] = {"tflite": _probe_tflite, "coreml": _probe_coreml}  # others read ONNX
+MODELS = {"onnx": ".onnx", "tflite": ".tflite", "coreml": ".mlmodel"}
 FLOAT = "float"
 TIMING = Settings(instances=3, max_seconds=1.2, half_width=0.05, cold=False)
 STEPS_APART = 0.02  # share of integers that may be one step off
@@ -51,6 +55,7 @@ class Probe:
         beside_left: latency over the same file with the operator in float between the integers; None where the
             engine cannot be told to.
         kernels: what the engine computes it with.
+        untimed: why it was not timed, None where it was or does not match.
     """
 
     engine: str
@@ -62,6 +67,7 @@ class Probe:
     ratio: Ratio | None = None
     beside_left: Ratio | None = None
     kernels: tuple[str, ...] = ()
+    untimed: str | None = None
 
     @property
     def slower(self) -> bool:
@@ -166,60 +172,74 @@ def _store(engine: str, found: Mapping[str, Sequence[Probe]]) -> None:
 def _tried(engine: str, name: str) -> list[Probe]:
     """All forms of one operator; those that match are timed in one interleaved run beside float."""
     operator, runtime = OPERATORS[name], parts.find(Runtime, engine)()
-    case = Case(operator)
+    case, writer = Case(operator), WRITERS.get(engine, _probe_models)
     with tempfile.TemporaryDirectory() as folder:
-        first = _artifact(Path(folder) / FLOAT, case, None)
+        first = _artifact(Path(folder) / FLOAT, writer.written(case, None))
         found: dict[str, Probe] = {}
         artifacts: dict[str, Artifact] = {}
-        for form_name, form in forms(operator).items():
-            artifacts[form_name] = _artifact(Path(folder) / form_name.replace(" ", "-"), case, form)
-            found[form_name] = _checked(Probe(engine, name, form_name), runtime, artifacts[form_name])
+        for form_name, form in writer.forms(operator).items():
+            model = writer.written(case, form)
+            artifacts[form_name] = _artifact(Path(folder) / form_name.replace(" ", "-"), model)
+            found[form_name] = _checked(Probe(engine, name, form_name), runtime, artifacts[form_name], model)
         good = [form_name for form_name, one in found.items() if one.matches]
+        if (why := runtime.untimed()) is not None:
+            return [replace(one, untimed=why if one.matches else None) for one in found.values()]
         for form_name, ratio in zip(good, _ratios(runtime, first, [artifacts[key] for key in good]), strict=True):
             found[form_name] = replace(found[form_name], ratio=ratio)
         for form_name in good:
-            if not operator.weight and hasattr(runtime, "optimize"):
-                left = replace(runtime, optimize=False)  # type: ignore[type-var]
-                ratio = _beside(left, runtime, artifacts[form_name])
+            left = _left(engine, case, writer.forms(operator)[form_name], artifacts[form_name], runtime)
+            if left is not None:
+                ratio = _beside(left, Contender("integers", artifacts[form_name], runtime))
                 found[form_name] = replace(found[form_name], beside_left=ratio)
     return list(found.values())
 
 
-def _artifact(folder: Path, case: Case, form: Form | None) -> Artifact:
-    folder.mkdir()
-    model: onnx.ModelProto = case.float_model() if form is None else case.model(form)
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
-    inputs = case.inputs(form)
-    answers = evaluate(model, inputs)
-    Golden(inputs, answers, answers).save(folder / GOLDEN)
+def _left(engine: str, case: Case, form: Form, artifact: Artifact, runtime: Runtime) -> Contender | None:
+    """The same integers around an operator without weights that stays float; None where that cannot be had."""
+    if case.operator.weight:
+        return None
+    if engine == "tflite":
+        folder = artifact.folder.with_name(f"{artifact.folder.name}-left")
+        return Contender(
+            "left in float", _artifact(folder, _probe_tflite.written(case, replace(form, left=True))), runtime
+        )
+    if hasattr(runtime, "optimize"):
+        return Contender("left in float", artifact, replace(runtime, optimize=False))  # type: ignore[type-var]
+    return None
+
+
+def _artifact(folder: Path, model: Written) -> Artifact:
+    for name, content in model.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    Golden(model.inputs, model.answers, model.answers).save(folder / GOLDEN)
     given, gives = (
         tuple(TensorSpec(name, str(array.dtype), array.shape) for name, array in arrays.items())
-        for arrays in (inputs, answers)
+        for arrays in (model.inputs, model.answers)
     )
     accepted = Parity("checked", max_rel=1.0)  # held against the reference here, by steps
-    manifest = Manifest("onnx", folder.name, FLOAT, given, gives, describe_files(folder), parity=accepted)
+    manifest = Manifest(model.format, folder.name, FLOAT, given, gives, describe_files(folder), parity=accepted)
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return Artifact.open(folder)
 
 
-def _checked(one: Probe, runtime: Runtime, artifact: Artifact) -> Probe:
-    golden = artifact.golden()
+def _checked(one: Probe, runtime: Runtime, artifact: Artifact, model: Written) -> Probe:
     try:
         session = runtime.load(artifact, 1)
         try:
-            answers = session.run(golden.inputs)["y"]
+            answers = session.run(model.inputs)["y"]
         finally:
             session.close()
-        kernels = KERNELS[one.engine](artifact.file(".onnx"))
+        kernels = KERNELS[one.engine](artifact.file(MODELS[artifact.manifest.format]))
     except (EdgepackError, RuntimeError) as error:
         return replace(one, reason=str(error).partition("\n")[0][:300])
-    wanted = golden.simulation["y"]
-    apart = np.abs(answers.astype(np.float64) - wanted.astype(np.float64))
+    wanted = model.answers["y"]
     if wanted.dtype.kind == "f":
-        error_ = float(apart.max() / np.abs(wanted).max())
+        error_ = float(np.abs(answers.astype(np.float64) - wanted).max() / np.abs(wanted).max())
         return replace(one, error=error_, matches=error_ <= FLOAT_ERROR, kernels=kernels)
-    fits = bool(apart.max() <= 1 and (apart > 0).mean() <= STEPS_APART)
-    return replace(one, error=float(apart.max()), matches=fits, kernels=kernels)
+    differences = apart(answers, wanted, model.steps, model.zero)
+    fits = bool(differences.max() <= 1 and (differences > 0).mean() <= STEPS_APART)
+    return replace(one, error=float(differences.max()), matches=fits, kernels=kernels)
 
 
 def _ratios(runtime: Runtime, first: Artifact, others: Sequence[Artifact]) -> Iterator[Ratio | None]:
@@ -231,9 +251,8 @@ def _ratios(runtime: Runtime, first: Artifact, others: Sequence[Artifact]) -> It
     yield from (profile.ratio for profile in profiles[1:])
 
 
-def _beside(left: Runtime, runtime: Runtime, artifact: Artifact) -> Ratio | None:
-    contenders = [Contender("left in float", artifact, left), Contender("integers", artifact, runtime)]
-    return _device().measure(contenders, TIMING)[1].ratio
+def _beside(left: Contender, integers: Contender) -> Ratio | None:
+    return _device().measure([left, integers], TIMING)[1].ratio
 
 
 def _device() -> Device:

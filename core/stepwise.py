@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgepack.contracts import FLOAT_LIMIT, Arrays, Graph, Step
-from edgepack.divergence import Divergence, describe, views
+from edgepack.divergence import MOVES, Divergence, describe, views
+from edgepack.halves import apart, exact_steps
 from edgepack.parity import STEP_SHARE, max_relative, sqnr_db
 from edgepack.samples import Array
 
@@ -27,6 +28,7 @@ ON_GRID = 0.02  # of a step; how far a float tensor of the file may be from the 
 FOUND = "quantized_decomposed.quantize_per_tensor.tensor"  # in a range found at run time
 PRODUCT_DB = 60.0  # of a product of rows rounded at run time; values that rounded the other way leave it above 70
 WEIGHTED = ("aten.linear", "aten.conv2d")
+HALVES = (*MOVES, "mul", "sub", "trunc", "add")
 RELUS = ("aten.relu", "aten.hardtanh")
 QUANTIZE = ("quantized_decomposed.quantize_per_tensor.default", FOUND)
 
@@ -74,10 +76,21 @@ def _walk(module: GraphModule, inputs: Sequence[Array], comparison: _Comparison)
                 return comparison.product(n, result)
             if str(n.target) not in QUANTIZE:
                 return result
-            return comparison.forced(n, result, *map(float, self.fetch_args_kwargs_from_env(n)[0][1:3]))
+            scale, zero = map(float, self.fetch_args_kwargs_from_env(n)[0][1:3])
+            exact = None if str(n.target) == FOUND else exact_steps(n.all_input_nodes[0], self.env, scale)
+            return comparison.forced(n, result, _Grid(scale, zero, exact))
 
     with torch.no_grad():
-        return Walk(module).run(*map(torch.from_numpy, inputs))
+        return Walk(module, garbage_collect_values=False).run(*map(torch.from_numpy, inputs))
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """How a value is rounded: value = scale · (integer − zero); ``exact``: the value in steps where that is known."""
+
+    scale: float
+    zero: float
+    exact: Array | None = None
 
 
 def _product(node: Node) -> bool:
@@ -130,23 +143,23 @@ class _Comparison:
     file: _Tensors
     found: Stepwise = field(default_factory=Stepwise)
 
-    def forced(self, node: Node, computed: Tensor, scale: float, zero: float) -> Tensor:
+    def forced(self, node: Node, computed: Tensor, grid: _Grid) -> Tensor:
         """The file's integers where it has them; notes a fault where all it has of that size is something else."""
         import torch
 
         wanted = computed.numpy()
-        nearest = None if self.found.fault is not None else self._nearest(wanted, scale, zero)
+        nearest = None if self.found.fault is not None else self._nearest(wanted, grid)
         if nearest is None:
             self.found.absent += self.found.fault is None
             return computed
         step, whole = nearest
         if str(node.target) == FOUND:
             whole = _same_zero(whole, wanted)
-        apart = np.abs(whole.astype(np.int32) - wanted)
-        share = float((apart > 0).mean())
-        if apart.max(initial=0) > 1 or (share > STEP_SHARE and (apart > 0).sum() > 1):
-            error = float(apart.max()) / float(np.abs(wanted.astype(np.int32) - zero).max(initial=1))
-            self.found.fault = describe(node.all_input_nodes[0], _name(step), error)
+        differences = apart(whole, wanted, grid.exact, grid.zero)
+        share = float((differences > 0).mean())
+        if differences.max(initial=0) > 1 or (share > STEP_SHARE and (differences > 0).sum() > 1):
+            error = float(differences.max()) / float(np.abs(wanted.astype(np.int32) - grid.zero).max(initial=1))
+            self.found.fault = describe(_rounded(node), _name(step), error)
             return computed
         self.found.compared += 1
         self.found.worst_share = max(self.found.worst_share, share)
@@ -173,14 +186,26 @@ class _Comparison:
         self.found.compared += 1
         return torch.from_numpy(np.ascontiguousarray(array))
 
-    def _nearest(self, wanted: Array, scale: float, zero: float) -> tuple[Step, Array] | None:
+    def _nearest(self, wanted: Array, grid: _Grid) -> tuple[Step, Array] | None:
         """The tensor of the file whose integers are nearest, None where none of that size is on this grid."""
         found = []
         for step, array in self.file.shaped(wanted.shape):
-            whole = _integers(array, wanted.dtype, scale, zero)
+            whole = _integers(array, wanted.dtype, grid.scale, grid.zero)
             if whole is not None:
                 found.append((float(np.abs(whole.astype(np.int32) - wanted).mean()), step, whole))
         return min(found, key=lambda entry: entry[0])[1:] if found else None
+
+
+def _rounded(node: Node) -> Node:
+    """What a rounding reads; an average whose halves are decided before it (… add, trunc, sub, mul) is read as such."""
+    way = [node.all_input_nodes[0]]
+    while _word(way[-1]) in HALVES and way[-1].all_input_nodes:
+        way.append(way[-1].all_input_nodes[0])
+    return way[-1] if any(_word(one) == "trunc" for one in way) else way[0]
+
+
+def _word(node: Node) -> str:
+    return str(node.target).removeprefix("aten.").partition(".")[0]
 
 
 def _scaled(value: Array, wanted: Array) -> Array:

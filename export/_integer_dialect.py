@@ -50,6 +50,9 @@ class Dialect:
             costs the network more than so small an operator can bring.
         detour: sums an engine computes in one with the weighted operator before them, whose result stays float; only
             what comes another way is quantized.
+        first: of two convolutions before such a sum, the engine takes the one the sum names first, not the one computed
+            last; and the result of the other is quantized around 0, which the engine adds without a shift.
+        early: operators that only pick among values, before which these are quantized, not behind.
         twins: the first convolution of a skip is computed twice where other sums read it as well: in float for the one
             that stays float, in integers for the rest.
     """
@@ -67,6 +70,8 @@ class Dialect:
     split: frozenset[str] = frozenset()
     slow: Callable[[Node], bool] = lambda node: False
     detour: frozenset[str] = frozenset()
+    first: bool = False
+    early: frozenset[str] = frozenset()
     twins: bool = False
 
     @property
@@ -90,6 +95,12 @@ class Dialect:
             return Grid(step or float(np.float32(max(-low, high) / self.highest)) or 1.0, 0)
         step = step or float(np.float32((high - low) / (self.highest - self.lowest))) or 1.0
         return Grid(step, int(np.clip(round(self.lowest - low / step), self.lowest, self.highest)))
+
+    def around_zero(self, low: float, high: float) -> Grid:
+        """The integers for a range, with 0 in their middle."""
+        middle = (self.lowest + self.highest + 1) // 2
+        step = max(-low / (middle - self.lowest), high / (self.highest - middle))
+        return Grid(float(np.float32(step)) or 1.0, middle)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from edgepack.export._integer_dialect import (
     Dialect,
     narrow_depthwise,
 )
+from edgepack.export._probed import probed
 from edgepack.export._qdq import planned_integer
-from edgepack.probing import digest, known
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -77,14 +77,7 @@ def here(target: str = "x86") -> tuple[Dialect, list[str]]:
     Operators it takes off the list still run in integers where all around them is: ONNX Runtime sees to that. A probe
     of this machine says nothing of ARM.
     """
-    mark = digest("onnxruntime")
-    if mark is None or target == "arm":
-        return TARGETS[target], []
-    found = {word: known("onnxruntime", word.removesuffix("_"), "u8") for word in sorted(ONNX_RUNTIME.integer)}
-    slower = {word for word, probe in found.items() if probe is not None and probe.slower}
-    left = f": slower in integers are {', '.join(sorted({word.removesuffix('_') for word in slower}))}"
-    note = f"operators without weights were chosen by probe {mark} of this machine{left if slower else ''}"
-    return replace(ONNX_RUNTIME, integer=ONNX_RUNTIME.integer - slower), [note]
+    return (TARGETS[target], []) if target == "arm" else probed(ONNX_RUNTIME, "onnxruntime", "u8")
 
 
 KERNELS = {

@@ -160,7 +160,7 @@ class _Writer:
                 self._mark_one(node.args[0], node)
                 if word(node) in self.dialect.every_output:
                     self._mark_result(node)
-            elif word(node) in self.dialect.detour:
+            elif word(node) in self.dialect.detour and node not in self.exact:
                 self._mark_detour(node)
             elif "float" in self._entry(node) or node in self.exact:
                 continue
@@ -170,12 +170,17 @@ class _Writer:
                 self._mark_result(node)
 
     def _mark_detour(self, node: Node) -> None:
-        """Of two integer ways into a sum, quantize the one that does not end in the last weighted operator."""
+        """Of two integer ways into a sum, quantize the one that does not end in the operator computed with the sum."""
         ways = list(floats(node))
         if len(ways) != 2 or not all(self._integer(way) for way in ways):
             return
         order = {before: place for place, before in enumerate(self.module.graph.nodes)}
         ends = [way for way in ways if way in self.names and self._static(way) and len(way.users) == 1]
+        if self.dialect.first:
+            for way in [end for end in ends if word(end) in CONVOLUTIONS][1:]:
+                known = self._entry(way)["range"]
+                self.grids.setdefault(way, self.dialect.around_zero(known["low"], known["high"]))
+            return
         last = max(ends, key=lambda way: order[way], default=None)
         for way in ways:
             if way is not last:
@@ -197,10 +202,16 @@ class _Writer:
         known = self._entry(node).get("range") if node in self.names else None
         if known is None:
             raise Unsupported(f"the plan has no range for what {reader.name} reads", "compress again")
+        while word(node) in self.dialect.early and self._alone(node.args[0]):
+            node = node.args[0]
         step = None
         if word(node) in self.dialect.same_step and node.args[0] in self.grids:
             step = float(np.float32(self.grids[node.args[0]].step * OFF_TIES))
         self.grids.setdefault(node, self.dialect.grid(known["low"], known["high"], step))
+
+    def _alone(self, node: Node) -> bool:
+        """Whether one operator reads a value, and it may be rounded for that."""
+        return len(node.users) == 1 and word(node) not in self.dialect.both
 
     def _quantize(self, node: Node, grid: Grid) -> Node:
         import torch

@@ -17,10 +17,12 @@ from edgepack.export._alignment import aligned, word
 from edgepack.export._dialects import _assign, _attribute, _groups, retrace
 from edgepack.export._ends import skip_into
 from edgepack.export._integer_dialect import ADDITIONS, CONVOLUTIONS, LEAKY, RELUS, Dialect, narrow_depthwise
+from edgepack.export._probed import probed
 from edgepack.export._qdq import quantized
 from edgepack.export._tflite_copies import with_copies
 from edgepack.export._tflite_ends import image_convolution, stays_float
 from edgepack.export._tflite_file import constant
+from edgepack.export._tflite_pools import with_halves, without_halves
 from edgepack.export._tflite_quantized import WEIGHTED
 from edgepack.export._tflite_ranges import harmonized, with_slopes
 from edgepack.export._tflite_weights import Weight
@@ -42,6 +44,11 @@ TFLITE = Dialect(
 DIALECTS = tuple(TFLITE.forms.values())
 
 
+def here() -> tuple[Dialect, list[str]]:
+    """The dialect as the stored probe of this machine wants it, and the sentence that says so."""
+    return probed(TFLITE, "tflite", "s8")
+
+
 def lower_integers(graph: Graph, plan: Plan) -> Graph:
     """The simulation. Raises Unsupported where the plan asks for what TFLite lacks."""
     graph, plan = with_copies(graph, plan)
@@ -51,8 +58,8 @@ def lower_integers(graph: Graph, plan: Plan) -> Graph:
     forms = {name: _form(node, plan.nodes[name]) for node, name in names.items() if "weight" in plan.nodes[name]}
     dynamic = {name for name, form in forms.items() if form == "dynamic"}
     nodes = {name: _fixed(entry, forms.get(name)) for name, entry in plan.nodes.items()}
-    simulation = quantized(graph, replace(plan, nodes=nodes), TFLITE)
-    return _rounding(simulation, plan, dynamic) if dynamic else simulation
+    simulation = quantized(graph, replace(plan, nodes=nodes), here()[0])
+    return with_halves(_rounding(simulation, plan, dynamic) if dynamic else simulation)
 
 
 def _form(node: Node, entry: Mapping[str, Any]) -> str:
@@ -108,6 +115,7 @@ def float_weights(simulation: Graph) -> tuple[Graph, list[Weight]]:
 
     module = simulation.program.module(check_guards=False)
     to_floats = torch.ops.quantized_decomposed.dequantize_per_channel.default
+    without_halves(module)
     weights, forms = [], _forms(module)
     for node in list(module.graph.find_nodes(op="call_function", target=to_floats)):
         integers, scale = (_attribute(module, source) for source in node.args[:2])
@@ -155,7 +163,7 @@ def choices(simulation: Graph, weights: Sequence[Weight]) -> list[str]:
                 if word(node) == "conv2d" and node.args[1].op in ("get_attr", "placeholder")]  # fmt: skip
     image, narrow = (sum(map(kind, floating)) for kind in (image_convolution, narrow_depthwise))
     ends = sum(skip_into(node) is not None for node in floating)
-    notes = []
+    notes = here()[1] if simulation.dialect in DIALECTS else []
     if simulation.dialect == TFLITE.forms["dynamic"] and static:
         notes.append(
             f"{static} convolutions round what they read in ranges from calibration, which is faster than in ranges "

@@ -10,6 +10,7 @@ Follows TFLite's specification of 8-bit quantization: weights from −127 to 127
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,12 +55,14 @@ class _Rewriter:
     weights: Sequence[Weight]
     twins: dict[int, int] = field(default_factory=dict)  # float tensor → the integers it stands for
     made: list[Any] = field(default_factory=list)
+    readers: dict[int, list[Any]] = field(default_factory=dict)
 
     def run(self) -> None:
         for operator in self.file.main.operators:
             operator.inputs, operator.outputs = ([int(t) for t in side] for side in (operator.inputs, operator.outputs))
         while self._quantize_earlier():
             pass
+        self.readers = self.file.readers()
         for operator in list(self.file.main.operators):
             self._visit(operator)
         self._drop_dead()
@@ -117,11 +120,26 @@ class _Rewriter:
                 return
             operator.inputs = [self.twins[source]]
             self.file.version(operator, 2)
-        elif (maker := self._maker(source)) is not None and self._computes(maker, stored):
-            self.twins[source] = stored
-            self.made.append(self.file.dequantize(stored, source))
+        elif (maker := self._maker(source)) is not None and self._takes_over(maker, source, stored):
             return
         self.made.append(operator)
+
+    def _takes_over(self, maker: Any, source: int, stored: int) -> bool:
+        """Let an operator compute integers; once more in float for readers that want another grid.
+
+        The converter computes once what the simulation does twice.
+        """
+        if len(self.readers[source]) > 1:
+            again = copy(maker)
+            if self._computes(again, stored):
+                self.made.append(again)
+                return True
+            return False
+        if not self._computes(maker, stored):
+            return False
+        self.twins[source] = stored
+        self.made.append(self.file.dequantize(stored, source))
+        return True
 
     def _maker(self, tensor: int) -> Any:
         return next((operator for operator in self.made if tensor in [int(t) for t in operator.outputs]), None)

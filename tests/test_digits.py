@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.resources
+import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -78,6 +80,43 @@ def test_template_is_valid_and_its_options_exist() -> None:
     on = [line.removeprefix("# ") for line in lines.splitlines() if line.startswith(("# [budget", "# score", "# size"))]
     Sheet.model_validate(tomllib.loads(lines + "\n".join(on)))
     assert max(map(len, lines.splitlines())) <= 120
+
+
+EIGHT_BITS = """
+[model]
+module  = "models.py:digits_net"
+weights = "digits.safetensors"
+[task]
+calibration = {data = "train.npz", samples = 128}
+evaluation  = {data = "test.npz"}
+input  = {shape = [1, 1, 8, 8], scale = 16, mean = [0.5], std = [0.5]}
+metric = "top1"
+[[compress]]
+use = "quantize"
+explain = false
+[budget]
+score_drop = 0.01
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_eight_bits_in_every_format(tmp_path: Path) -> None:
+    """Its average pool has four integers to a mean: every fourth falls between two steps."""
+    engines = ("onnxruntime", "openvino", "ai_edge_litert", "litert_torch", "coremltools")
+    if any(importlib.util.find_spec(name) is None for name in engines):
+        pytest.skip("pip install 'edgepack[all]'")
+    shutil.copytree(FOLDER, tmp_path, dirs_exist_ok=True)
+    formats = ("onnx", "openvino", "tflite", "coreml", "c")
+    exports = "".join(f'[[export]]\nuse = "{name}"\n' for name in formats)
+    (tmp_path / "edgepack.toml").write_text(EIGHT_BITS + exports, encoding="utf-8")
+    command = [sys.executable, "-m", "edgepack", "run", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in formats:
+        manifest = json.loads((tmp_path / "edgepack-out" / name / "artifact.json").read_text(encoding="utf-8"))
+        assert manifest["parity"]["status"] == "checked"
+        assert manifest["dialect"][1] == "8"
 
 
 @pytest.mark.slow
