@@ -1,0 +1,267 @@
+"""Factored networks: faster by how much, and what training regains. Writes results/factorize.json, docs/factorize.md.
+
+    python benchmarks/factorize.py write            # networks that are one layer each, in every form, for each engine
+    python benchmarks/factorize.py times            # time them: nothing else should run; goes on where it stopped
+    python benchmarks/factorize.py choose           # the pass, not trained; writes whole networks for the race
+    python benchmarks/factorize.py race             # time those: nothing else should run
+    python benchmarks/factorize.py train            # the pass with its training (ResNet-32), scored on 10,000 images
+    python benchmarks/factorize.py int8             # both networks in 8 bits, for race_int8
+    python benchmarks/factorize.py race_int8
+    python benchmarks/factorize.py document         # only write the page from the stored results
+
+ResNet-32 for CIFAR-10 has trained weights; ResNet-50's are random, so only its latency means something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import _factorize_page as page
+import networks as zoo
+import torch
+from _cases import RANDOM
+from torch import nn
+
+from edgepack import metrics, models, parts
+from edgepack.artifact import Artifact
+from edgepack.compress._graph import GraphView
+from edgepack.compress._spots import forms, survey
+from edgepack.compress._stopwatch import Stopwatch
+from edgepack.compress._tune import Tune
+from edgepack.compress.factorize import Factorize
+from edgepack.compress.quantize import Quantize
+from edgepack.compressing import PassRun
+from edgepack.contracts import Settings
+from edgepack.data import open_data
+from edgepack.devices.host import Host
+from edgepack.graph import capture
+from edgepack.measurement import Ratio
+from edgepack.plan import Plan
+from edgepack.profiling import profile, write_module
+from edgepack.progress import Silent
+from edgepack.task import Input, Task
+from edgepack.versions import versions
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = ("onnx", "openvino")
+PACKAGES = ("torch", "onnxruntime", "openvino")
+CALIBRATION = 512
+NAN = Ratio(float("nan"), float("nan"), float("nan"), "", "not run", float("nan"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its task and how it is factored."""
+
+    name: str
+    load: Callable[[Path], tuple[nn.Module, Task]]
+    options: Factorize
+
+
+def resnet32(data: Path) -> tuple[nn.Module, Task]:
+    network = next(item for item in zoo.networks() if item.name == "resnet32 (CIFAR-10)")
+    given = {name: open_data(table, network.inputs, data) for name, table in {
+        "training": {"data": "cifar10_train20k.npz"}, "evaluation": {"data": "cifar10_test.npz"},
+        "calibration": {"data": "cifar10_train20k.npz", "samples": CALIBRATION}}.items()}  # fmt: skip
+    task = Task(network.inputs, **given, metric=metrics.find("top1", ROOT), augment="crop-flip")
+    return zoo.load(network, data).eval(), task
+
+
+def resnet50(data: Path) -> tuple[nn.Module, Task]:
+    torch.manual_seed(0)
+    models.prepare_torchvision()
+    item = Input("input", (1, 3, 224, 224), **zoo.IMAGENET)
+    return zoo.with_statistics(models.load(RANDOM["resnet50"], Path())).eval(), Task((item,))
+
+
+CASES = {
+    "resnet32": Case(
+        "ResNet-32, CIFAR-10", resnet32,
+        Factorize(method="auto", latency_ratio={"onnx": 0.67, "openvino": 0.72}, targets=TARGETS),
+    ),
+    "resnet50": Case(
+        "ResNet-50, random weights", resnet50,
+        Factorize(method="tucker", macs_ratio=0.5, latency_ratio=0.67, targets=TARGETS),
+    ),
+}  # fmt: skip
+TUNE = Tune(epochs=8, lr=0.05, batch=128, norms="train", held_out=1000, minutes=24)
+
+
+@dataclass
+class Deferred:
+    """A run that measures whole networks later: it writes them, by what they are compared as."""
+
+    inner: PassRun
+    race: Path
+    roles: dict[str, list[nn.Module]] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def measure(self, module: nn.Module, against: nn.Module | None = None, format: str = "onnx") -> Ratio:
+        known = self.roles.setdefault(format, [])
+        for item in (against, module):
+            if item is not None and not any(item is one for one in known):
+                known.append(item)
+                name = ("before", "after", "by energy")[len(known) - 1]
+                folder = self.race / format / name
+                shutil.rmtree(folder, ignore_errors=True)
+                write_module(item, self.inner.task, folder, format)
+        return NAN
+
+
+def job(case: str, module: nn.Module, task: Task, work: Path, name: str) -> Deferred:
+    run = PassRun(work / case, 0, Plan(), Silent(), copy.deepcopy(module), task)
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    return Deferred(run, work / case / name)
+
+
+def write(name: str, options: argparse.Namespace) -> None:
+    """Each kind of layer in every form, for each target: what the pass would time."""
+    case = CASES[name]
+    module, task = case.load(options.data)
+    spots, _ = survey(GraphView.of(module, task), case.options.leave)
+    watch = Stopwatch(job(name, module, task, options.work, "race"))  # type: ignore[arg-type]
+    wanted: dict[str, Any] = {}
+    for spot in spots:
+        own = forms(spot, case.options)
+        for target in case.options.targets if own else ():
+            for size in spot.sizes:
+                keys, networks, small = watch.wanted(target, spot.dense, size, own)
+                wanted.setdefault(json.dumps([target, keys]), (target, keys, networks, small))
+    for number, (target, keys, networks, small) in enumerate(wanted.values()):
+        folder = options.work / name / "layers" / f"{number:03}"
+        if not (folder / "keys.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            for index, network in enumerate(networks):
+                write_module(network, small, folder / f"{index:03}", target)
+            (folder / "keys.json").write_text(json.dumps(keys))
+        sys.stdout.write(f"{name}: {number + 1} of {len(wanted)} kinds of layers\n")
+        sys.stdout.flush()
+    for target in case.options.targets:
+        folder = options.work / name / "layers" / f"whole-{target}"
+        if not (folder / "keys.json").exists():
+            write_module(module, task, folder / "000", target)
+            (folder / "keys.json").write_text(json.dumps([watch.key(target)]))
+
+
+def times(name: str, options: argparse.Namespace) -> None:
+    """Fill the stopwatch's file, until the seconds are over."""
+    began = time.perf_counter()
+    folders = sorted(path.parent for path in (options.work / name / "layers").glob("*/keys.json"))
+    run = PassRun(options.work / name, 0, Plan(), Silent(), nn.Identity(), Task((Input("x", (1, 1)),)))
+    watch = Stopwatch(run)
+    for number, folder in enumerate(folders):
+        keys = json.loads((folder / "keys.json").read_text())
+        if all(key in watch.seen for key in keys):
+            continue
+        if time.perf_counter() - began > options.seconds:
+            sys.stdout.write(f"{name}: {number} of {len(folders)} timed; run it again\n")
+            return
+        artifacts = [Artifact.open(folder / f"{index:03}") for index in range(len(keys))]
+        settings = Settings(max_seconds=max(2.0, options.each * len(keys)), cold=False, instances=3, half_width=0.02)
+        found = profile(artifacts, Host(), None, settings, Silent())
+        watch.remember(zip(keys, [float(item.conditions["floor_ms"]) for item in found], strict=True))
+    sys.stdout.write(f"{name}: all {len(folders)} timed\n")
+
+
+def choose(name: str, options: argparse.Namespace) -> None:
+    """The pass without training: ranks, predictions, and the files of the race."""
+    module, task = CASES[name].load(options.data)
+    run = job(name, module, task, options.work, "race")
+    CASES[name].options.apply(module, task, run)  # type: ignore[arg-type]
+    for note in run.notes:
+        sys.stdout.write(f"{note}\n")
+    page.store("choice", {"network": name, "title": CASES[name].name, **run.findings["factors"]}, facts())
+
+
+def race(name: str, options: argparse.Namespace) -> None:
+    """Before, after, and ranks by energy with as many MACs, interleaved."""
+    for target in options.targets:
+        folder = options.work / name / "race" / target
+        artifacts = [Artifact.open(folder / role) for role in ("before", "by energy", "after")]
+        settings = Settings(max_seconds=options.seconds, cold=False)
+        found = profile(artifacts, Host(), None, settings, Silent())
+        beside = profile(artifacts[1:], Host(), None, settings, Silent())[1]
+        row = {
+            "network": name, "target": target, "state": found[2].conditions["state"],
+            "ms": [item.conditions["floor_ms"] for item in found],
+            "ratio": asdict(found[2].ratio), "by_energy": asdict(found[1].ratio),  # type: ignore[call-overload]
+            "over_by_energy": asdict(beside.ratio),  # type: ignore[call-overload]
+        }  # fmt: skip
+        sys.stdout.write(f"{json.dumps(row)}\n")
+        page.store("race", row, facts())
+
+
+def train(name: str, options: argparse.Namespace) -> None:
+    """The pass with its training; scored before and after on every test image."""
+    module, task = CASES[name].load(options.data)
+    data, test = task, task.evaluation
+    task = replace(task, evaluation=None)
+    torch.set_num_threads(1)
+    rows = [accuracy(module, test)]
+    for settings in (None, TUNE):
+        copied = copy.deepcopy(module)
+        run = job(name, module, task, options.work, "trained")
+        began = time.perf_counter()
+        copied = replace(CASES[name].options, tune=settings).apply(copied, task, run)  # type: ignore[arg-type]
+        seconds = time.perf_counter() - began
+        rows.append(accuracy(copied, test))
+        sys.stdout.write(f"{rows} {seconds:.0f} s {run.notes}\n")
+        sys.stdout.flush()
+    torch.save(copied, options.work / name / "trained.pt")
+    found = run.findings["tune"]
+    page.store("accuracy", {
+        "network": name, "samples": len(test), "original": rows[0], "factored": rows[1], "trained": rows[2],
+        "images": len(data.training), "settings": asdict(TUNE),
+        **{key: found[key] for key in ("epochs", "kept", "seconds", "ended", "samples")} | {"samples": len(test)},
+    }, facts())  # fmt: skip
+
+
+def accuracy(module: nn.Module, data: Any) -> float:
+    right = 0
+    with torch.no_grad():
+        for batch in data.batches(200):
+            (images,) = batch.inputs.values()
+            right += int((module(torch.from_numpy(images)).argmax(1).numpy() == batch.targets).sum())
+    return right / len(data)
+
+
+def facts() -> dict[str, Any]:
+    return {"processor": Host().facts().get("processor", "unknown processor"), "versions": versions(*PACKAGES)}
+
+
+STAGES: Mapping[str, Any] = {
+    "write": write, "times": times, "choose": choose, "race": race, "train": train,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=(*STAGES, "document"))
+    parser.add_argument("--networks", nargs="+", choices=CASES, default=tuple(CASES))
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "factorize", help="files that are timed")
+    parser.add_argument("--seconds", type=float, default=60.0, help="at most, per call (times) or race")
+    parser.add_argument("--each", type=float, default=0.5, help="seconds for each form of a layer (times)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.stage == "document":
+        page.rewrite()
+        return
+    for name in options.networks:
+        STAGES[options.stage](name, options)
+
+
+if __name__ == "__main__":
+    main()
