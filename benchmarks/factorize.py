@@ -52,7 +52,7 @@ from edgepack.versions import versions
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("onnx", "openvino")
 PACKAGES = ("torch", "onnxruntime", "openvino")
-CALIBRATION = 512
+CALIBRATION, TRAINING = 512, 8000
 NAN = Ratio(float("nan"), float("nan"), float("nan"), "", "not run", float("nan"))
 
 
@@ -68,7 +68,7 @@ class Case:
 def resnet32(data: Path) -> tuple[nn.Module, Task]:
     network = next(item for item in zoo.networks() if item.name == "resnet32 (CIFAR-10)")
     given = {name: open_data(table, network.inputs, data) for name, table in {
-        "training": {"data": "cifar10_train20k.npz"}, "evaluation": {"data": "cifar10_test.npz"},
+        "training": {"data": "cifar10_train20k.npz", "samples": TRAINING}, "evaluation": {"data": "cifar10_test.npz"},
         "calibration": {"data": "cifar10_train20k.npz", "samples": CALIBRATION}}.items()}  # fmt: skip
     task = Task(network.inputs, **given, metric=metrics.find("top1", ROOT), augment="crop-flip")
     return zoo.load(network, data).eval(), task
@@ -91,7 +91,7 @@ CASES = {
         Factorize(method="tucker", macs_ratio=0.5, latency_ratio=0.67, targets=TARGETS),
     ),
 }  # fmt: skip
-TUNE = Tune(epochs=4, lr=0.02, batch=128, held_out=1000, minutes=35)
+TUNE = Tune(epochs=2, lr=0.02, batch=64, held_out=300)
 
 
 @dataclass
@@ -206,21 +206,20 @@ def train(name: str, options: argparse.Namespace) -> None:
     data, test = task, task.evaluation
     task = replace(task, evaluation=None)
     torch.set_num_threads(1)
-    rows = [accuracy(module, test)]
-    run = job(name, module, task, options.work, None)
-    factored = CASES[name].options.apply(module, task, run)  # type: ignore[arg-type]
-    rows.append(accuracy(factored, test))
-    sys.stdout.write(f"{rows} {run.notes}\n")
-    sys.stdout.flush()
-    tune(factored, task, run, TUNE)  # type: ignore[arg-type]
-    rows.append(accuracy(factored, test))
-    torch.save(factored, options.work / name / "trained.pt")
+    run, original = job(name, module, task, options.work, None), copy.deepcopy(module)
+    plain = CASES[name].options.apply(module, task, run)  # type: ignore[arg-type]
+    trained = tune(copy.deepcopy(plain), task, run, TUNE)  # type: ignore[arg-type]
     found = run.findings["tune"]
-    page.store("accuracy", {
-        "network": name, "samples": len(test), "original": rows[0], "factored": rows[1], "trained": rows[2],
-        "images": len(data.training), "settings": asdict(TUNE),
-        **{key: found[key] for key in ("epochs", "kept", "seconds", "ended", "samples")} | {"samples": len(test)},
-    }, facts())  # fmt: skip
+    sys.stdout.write(f"{run.notes}\n")
+    scores = {}
+    for word, network in (("trained", trained), ("factored", plain), ("original", original)):
+        torch.save(network, options.work / name / f"{word}.pt")
+        scores[word] = accuracy(network, test)
+        sys.stdout.write(f"{word} {scores[word]}\n")
+        sys.stdout.flush()
+    kept = {key: found[key] for key in ("epochs", "kept", "seconds", "ended")}
+    row = {"network": name, **scores, **kept, "samples": len(test), "images": len(data.training)}
+    page.store("accuracy", {**row, "settings": asdict(TUNE)}, facts())
 
 
 def accuracy(module: nn.Module, data: Any) -> float:

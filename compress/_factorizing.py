@@ -132,7 +132,7 @@ class Factorizing:
         rows = [_row(spot, option, self.options.targets) for spot, option in zip(self.spots, chosen, strict=True)]
         found: dict[str, Any] = {**counts, "layers": rows, "left": self.left, "targets": {}}
         if factored_:
-            share, rivals = energy_forms(self.spots, self.options.method, sum(option.macs for option in chosen))
+            share, rivals = energy_forms(self.spots, self.options.form, sum(option.macs for option in chosen))
             rival = self._rival(before, rivals)
             found["by_energy"] = {"energy": share, "macs": macs(rival, one), "layers": dict(_named(self.spots, rivals))}
             indices = [spot.options.index(option) for spot, option in zip(self.spots, chosen, strict=True)]

@@ -7,6 +7,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepack.errors import require
+
 ROUNDING = 1e-10  # of the largest singular value; smaller ones are no signal
 Floats = NDArray[np.float64]
 
@@ -30,8 +32,6 @@ def rank_by_evbmf(sizes: Floats, rows: int, columns: int) -> tuple[int, float]:
     The global optimum of empirical variational Bayesian matrix factorization (Nakajima, Sugiyama, Babacan, Tomioka,
     JMLR 14, 2013): a singular value stays where it is over √(M·σ²·x̲); σ² minimizes the free energy.
     """
-    from scipy.optimize import minimize_scalar
-
     short, long = sorted((rows, columns))
     sizes = np.asarray(sizes, np.float64)[:short]
     total = float((sizes**2).sum())
@@ -44,11 +44,11 @@ def rank_by_evbmf(sizes: Floats, rows: int, columns: int) -> tuple[int, float]:
     tail = sizes[most:] ** 2
     high = total / (short * long)
     low = max(float(tail[0]) / (long * edge), float(tail.mean()) / long, (ROUNDING * sizes[0]) ** 2 / long)
-    variance = high if low >= high else _least_energy(sizes, (low, high), (alpha, edge, long), minimize_scalar)
+    variance = high if low >= high else _least_energy(sizes, (low, high), (alpha, edge, long))
     return int((sizes > math.sqrt(long * variance * edge)).sum()), float(variance)
 
 
-def _least_energy(sizes: Floats, ends: tuple[float, float], of: tuple[float, float, int], minimize: object) -> float:
+def _least_energy(sizes: Floats, ends: tuple[float, float], of: tuple[float, float, int]) -> float:
     """σ² of least free energy between the ends: the best of a fine grid, refined."""
     alpha, edge, long = of
 
@@ -63,5 +63,7 @@ def _least_energy(sizes: Floats, ends: tuple[float, float], of: tuple[float, flo
     grid = np.geomspace(*ends, 200)
     best = int(np.argmin([energy(value) for value in grid]))
     around = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    found = minimize(energy, bounds=around, method="bounded", options={"xatol": 1e-12 * around[1]})  # type: ignore[operator]
+    found = require("scipy.optimize", "factorize").minimize_scalar(
+        energy, bounds=around, method="bounded", options={"xatol": 1e-12 * around[1]}
+    )
     return float(found.x if found.fun <= energy(float(grid[best])) else grid[best])

@@ -151,7 +151,7 @@ def _size(call: Call) -> tuple[int, ...]:
 def forms(spot: Spot, options: Factorize) -> list[Form]:
     """Forms that a layer may take: one per method, or for a budget a grid of ranks; all of them save something."""
     found: list[Form] = []
-    for method in methods_for(spot, options.method):
+    for method in methods_for(spot, options.form):
         if options.budgets:
             found += [Form(method, ranks) for ranks in _grid(spot.dense, method, options.multiple)]
         else:

@@ -6,6 +6,7 @@ c inputs, o outputs, kernel k (k_h × k_w), g groups; ranks r, r_c, r_o are thos
     spatial-svd   k_h×1: c → g·r         1×k_w: g·r → o                             (two axes only)
     tucker        1: c → g·r_c           k: g·r_c → g·r_o        1: g·r_o → o
     cp            1: c → g·r             along each axis, depthwise               1: g·r → o
+    3-way         1: c → o·r             along each axis, depthwise               1: o·r → o, ones
 
 Stride, padding and dilation of an axis stand where the kernel of that axis is; zeros may be padded there because no
 stage but the last has a bias.
@@ -148,6 +149,10 @@ def stages(dense: Stage, form: Form) -> list[Stage]:
         return [dense]
     if form.method == "channel-svd":
         return [replace(dense, outputs=ranks[0], bias=False), dense.pointwise(ranks[0], dense.outputs, dense.bias)]
+    if form.method == "3-way":
+        return _three_way(dense, form.ranks[0])
+    if form.method == "shared":
+        return stages(dense, Form("spatial-svd" if len(dense.kernel) > 1 else "channel-svd", form.ranks))
     if form.method == "spatial-svd":
         across = replace(dense.along(1, ranks[0], dense.outputs, dense.groups), bias=dense.bias)
         return [dense.along(0, dense.inputs, ranks[0], dense.groups), across]
@@ -156,6 +161,17 @@ def stages(dense: Stage, form: Form) -> list[Stage]:
         return [first, replace(dense, inputs=ranks[0], outputs=ranks[1], bias=False), last]
     axes = [axis for axis, taps in enumerate(dense.kernel) if taps > 1]
     return [_short(dense, first), *(dense.along(axis, ranks[0], ranks[0], ranks[0]) for axis in axes), last]
+
+
+def _three_way(dense: Stage, rank: int) -> list[Stage]:
+    """1×1 to R channels per output, one depthwise stage per axis, and the sum over R by ones (where R > 1)."""
+    wide = dense.outputs * rank
+    axes = [dense.along(axis, wide, wide, wide) for axis in range(len(dense.kernel))]
+    first, ones = dense.pointwise(dense.inputs, wide), (1,) * len(dense.kernel)
+    if rank == 1:
+        return [first, *axes[:-1], replace(axes[-1], bias=dense.bias)]
+    last = Stage(wide, dense.outputs, ones, ones, (0,) * len(ones), ones, dense.outputs, dense.bias)
+    return [first, *axes, last]
 
 
 def _short(dense: Stage, first: Stage) -> Stage:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from edgepack.task import Task
 
 METHODS = ("tucker", "cp", "spatial-svd", "channel-svd", "auto")
+FORMS = ("3-way", "2-way", "shared", "cp")
+WHEN = ("after-training", "before-training")
 BUDGETS = ("macs_ratio", "latency_ratio", "size_ratio")
 EVBMF = "evbmf"
 
@@ -33,12 +35,20 @@ class Factorize(Pass):
     forms has (all layers together). Every form is timed against the layer it replaces, on this host in each of
     ``targets``, and a layer that is not faster in all of them stays dense. Ranks are multiples of ``multiple``.
 
+    With ``when = "before-training"`` convolutions are replaced by products of one-way filters with random weights and
+    the network is trained so; afterwards each is written as the chain of its filters or as one dense convolution,
+    whichever is faster. Both are exact.
+
     Attributes:
+        when: ``after-training``, or ``before-training`` for a network whose weights are yet to be found by ``tune``.
         method: of convolutions with space to factor: ``tucker``, ``cp``, ``spatial-svd``, ``channel-svd``; ``auto``
             lets a budget choose among all but ``cp`` for each layer. Linear layers and 1×1 convolutions become two of
-            low rank, in the directions that the calibration data have, if there are any.
+            low rank, in the directions that the calibration data have, if there are any. Before training: ``3-way``
+            (filters across channels, height and width for each output), ``2-way`` (height and width for each pair of
+            channels), ``shared`` (vertical filters, then horizontal ones), ``cp``. ``tucker`` and ``3-way`` if nothing
+            is said.
         rank: a whole number, for every layer; below 1: this share of the full rank; ``evbmf``: what is over the noise
-            in the weights. One half if nothing is said.
+            in the weights. One half if nothing is said. Before training: a whole number, 1 if nothing is said.
         energy: instead of ``rank``: the share of the squared singular values that is kept, such as 0.9.
         macs_ratio: instead of ``rank``: multiply-accumulates over those of the network before; several budgets may be
             given, all are kept.
@@ -53,7 +63,8 @@ class Factorize(Pass):
 
     stage: ClassVar[int] = 20
 
-    method: str = "tucker"
+    when: str = "after-training"
+    method: str | None = None
     rank: float | str | None = None
     energy: float | None = None
     macs_ratio: float | None = None
@@ -66,9 +77,12 @@ class Factorize(Pass):
     tune: Tune | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method is one of {', '.join(METHODS)}, not {self.method!r}; "
-                             f"{nearest(str(self.method), METHODS)}")  # fmt: skip
+        if self.when not in WHEN:
+            raise ValueError(f"when is {' or '.join(map(repr, WHEN))}, not {self.when!r}")
+        methods = FORMS if self.born else METHODS
+        if self.method not in (None, *methods):
+            raise ValueError(f"method is one of {', '.join(methods)} {self.when.replace('-', ' ')}, not "
+                             f"{self.method!r}; {nearest(str(self.method), methods)}")  # fmt: skip
         for name in ("targets", "leave"):
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(item, str) and item for item in value):
@@ -102,7 +116,19 @@ class Factorize(Pass):
         if self.method == "auto" and not self.budgets:
             raise ValueError(f"method = 'auto' is for budgets ({', '.join(BUDGETS)})")
         if not given and not self.budgets:
-            object.__setattr__(self, "rank", 0.5)
+            object.__setattr__(self, "rank", 1 if self.born else 0.5)
+        if self.born and (isinstance(self.rank, str) or self.rank is None or self.rank < 1):
+            raise ValueError("before training rank is a whole number, and there is neither energy nor a budget")
+
+    @property
+    def born(self) -> bool:
+        """Whether the network is yet to be trained."""
+        return self.when == WHEN[1]
+
+    @property
+    def form(self) -> str:
+        """The method, also where nothing was said."""
+        return self.method or ("3-way" if self.born else "tucker")
 
     @property
     def budgets(self) -> tuple[str, ...]:
@@ -126,7 +152,10 @@ class Factorize(Pass):
             raise InputError("factorize: tune: the task has no training data", "add training = {data = …} to [task]")
 
     def apply(self, module: nn.Module, task: Task, run: Run) -> nn.Module:
+        from edgepack.compress._born import Born
         from edgepack.compress._factorizing import Factorizing
         from edgepack.compress._tune import tune
 
+        if self.born:
+            return Born(self, task, run).run(module.eval())
         return tune(Factorizing(self, task, run).run(module.eval()), task, run, self.tune)

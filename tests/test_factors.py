@@ -9,6 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
 pytest.importorskip("tensorly", reason="pip install 'edgepack[factorize]'")
+import itertools
+
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
@@ -77,7 +79,8 @@ def test_full_rank_is_exact(name: str, method: str, dtype: torch.dtype, limit: f
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(METHODS), st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(1, 4),
+    st.sampled_from(METHODS), st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(1, 3),
+    st.integers(1, 4),
     st.booleans(), st.tuples(*[st.integers(1, 3)] * 2), st.tuples(*[st.integers(1, 2)] * 2),
     st.tuples(*[st.integers(0, 2)] * 2), st.tuples(*[st.integers(1, 2)] * 2),
 )  # fmt: skip
@@ -114,7 +117,6 @@ def test_parameters_are_those_of_the_textbook(groups: int) -> None:
 
 def kernel_of(chain: nn.Sequential, like: nn.Conv2d) -> np.ndarray:
     """The dense kernel that a chain computes: its answers to unit impulses, for padding kernel − 1, stride 1."""
-    height, width = like.kernel_size
     x = torch.eye(like.in_channels, dtype=torch.float64).reshape(like.in_channels, like.in_channels, 1, 1)
     with torch.no_grad():
         answers = chain(x)  # (c, o, k_h, k_w), turned round
@@ -156,7 +158,7 @@ def test_sweeps_of_tucker_never_make_it_worse(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(_decompose, "SWEEPS", sweeps)
         into, core, out = tucker(kernel, 4, 5)
         found.append(float((kernel - torch.einsum("rc,pr...,op->oc...", into, core, out)).square().sum()))
-    assert all(after <= before + 1e-12 for before, after in zip(found, found[1:], strict=False))
+    assert all(after <= before + 1e-12 for before, after in itertools.pairwise(found))
     assert found[3] < found[0]
 
 

@@ -58,7 +58,7 @@ def test_rounded_ranks_are_multiples_within_the_full_one(rank: float, multiple: 
     found = rounded(rank, multiple, full)
     assert 1 <= found <= full
     assert found == full or found % multiple == 0
-    assert found == full or found == multiple or abs(found - rank) <= multiple / 2 + 1e-9
+    assert found in (full, multiple) or abs(found - rank) <= multiple / 2 + 1e-09
 
 
 LAYERS = st.lists(
