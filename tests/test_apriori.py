@@ -15,6 +15,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
 
+from edgepack import losses  # noqa: E402
 from edgepack.compress._apriori import (  # noqa: E402
     FORMS,
     Apriori,
@@ -129,7 +130,7 @@ def bright(count: int) -> Arrays:
 
 
 def test_a_network_is_born_small_and_learns(tmp_path: Path) -> None:
-    task = Task((ITEM,), training=bright(256))
+    task = Task((ITEM,), training=bright(256), loss=losses.find("cross_entropy", tmp_path))
     training = Tune(epochs=4, lr=0.1, batch=32, teacher="none", norms="train", held_out=0)
     module, run = apply(net(), tmp_path, task, rank=2, targets=(), tune=training)
     assert {type(layer) for layer in module.modules() if not list(layer.children())} <= {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -9,8 +10,6 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
 pytest.importorskip("tensorly", reason="pip install 'edgepack[factorize]'")
-import itertools
-
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
