@@ -33,8 +33,11 @@ from torch import nn
 
 from edgepack import metrics, models
 from edgepack.artifact import Artifact
-from edgepack.compress._graph import GraphView
+from edgepack.compress._decompose import factored
+from edgepack.compress._graph import GraphView, put_layer
+from edgepack.compress._response import moments
 from edgepack.compress._spots import forms, survey
+from edgepack.compress._stages import DENSE, Form
 from edgepack.compress._stopwatch import Stopwatch
 from edgepack.compress._tune import Tune, tune
 from edgepack.compress.factorize import Factorize
@@ -204,10 +207,7 @@ def train(name: str, options: argparse.Namespace) -> None:
     """What ``tune`` regains of the pass's network; goes on where it was stopped. Scored on every test image."""
     module, task = CASES[name].load(options.data)
     test, task = task.evaluation, replace(task, evaluation=None)
-    run, path = job(name, module, task, options.work, None), options.work / name / "factored.pt"
-    if not path.exists():
-        torch.save(CASES[name].options.apply(copy.deepcopy(module), task, run), path)  # type: ignore[arg-type]
-    plain = torch.load(path, weights_only=False)
+    run, plain = job(name, module, task, options.work, None), chosen(name, module, task)
     trained = tune(copy.deepcopy(plain), task, run, TUNE)  # type: ignore[arg-type]
     torch.save(trained, options.work / name / "trained.pt")
     found = run.findings["tune"]
@@ -215,10 +215,31 @@ def train(name: str, options: argparse.Namespace) -> None:
     row = {"network": name, "samples": len(test), "images": TRAINING, "settings": asdict(TUNE)}
     row |= {key: found[key] for key in ("epochs", "kept", "seconds", "ended")}
     for word, network in (("trained", trained), ("factored", plain), ("original", module)):
-        row[word] = accuracy(network, test)
+        row[word] = stored_accuracy(network, test, options.work / name / f"{word}.json")
         sys.stdout.write(f"{word} {row[word]}\n")
         sys.stdout.flush()
     page.store("accuracy", row, facts())
+
+
+def chosen(name: str, module: nn.Module, task: Task) -> nn.Module:
+    """The network that the pass made when it chose, before training."""
+    network = copy.deepcopy(module)
+    (choice,) = (row for row in json.loads(page.STORED.read_text())["choice"] if row["network"] == name)
+    wanted = {row["layer"]: Form(row["form"], tuple(row["ranks"])) for row in choice["layers"]}
+    spots = [spot for spot in survey(GraphView.of(network, task), ())[0] if wanted[spot.path] != DENSE]
+    seen = moments(network, task, [spot for spot in spots if wanted[spot.path].method == "channel-svd"])
+    for spot in spots:
+        put_layer(network, spot.layer, factored(spot.layer, wanted[spot.path], seen.get(spot.layer)))
+    return network
+
+
+def stored_accuracy(module: nn.Module, data: Any, path: Path) -> float:
+    """As ``accuracy``, once for these weights."""
+    mark = float(sum(value.double().abs().sum() for value in module.state_dict().values()))
+    if not path.exists() or (found := json.loads(path.read_text()))[0] != mark:
+        found = [mark, accuracy(module, data)]
+        path.write_text(json.dumps(found))
+    return float(found[1])
 
 
 def accuracy(module: nn.Module, data: Any) -> float:

@@ -138,7 +138,7 @@ def test_a_network_is_born_small_and_learns(tmp_path: Path) -> None:
     rows = {row["layer"]: row for row in run.findings["products"]["layers"]}
     assert set(rows) == {"0", "2"}
     assert rows["2"]["parameters"] == [8 * 16 * 9 + 16, 16 * 2 * (8 + 6) + 16]
-    assert rows["2"]["written"] == "factored"
+    assert {name: row["written"] for name, row in rows.items()} == {"0": "factored", "2": "rebuilt"}  # fewer MACs
     (batch,) = bright(256).batches(256)
     with torch.no_grad():
         right = module(torch.from_numpy(batch.inputs["x"])).argmax(1).numpy() == batch.targets
