@@ -78,7 +78,7 @@ def far(outputs: Tensor, targets: Tensor) -> Tensor:
 def task() -> Task:
     data = [Arrays((ITEM,), {"frames": x}, y) for x, y in (
         waves.samples(TRAINING, SIZE, PAST, seed=0), waves.samples(TEST, SIZE, PAST, seed=1))]  # fmt: skip
-    metric = Metric("relative L2", waves.relative_l2, higher_is_better=False)
+    metric = Metric(name="relative L2", score=waves.relative_l2, higher_is_better=False)
     return Task(
         (ITEM,), training=data[0], evaluation=data[1], metric=metric, loss=Loss(name="relative L2", compute=far)
     )
@@ -194,10 +194,10 @@ def document(stored: Mapping[str, Any]) -> str:
     lines = [
         "# Waves predicted by a network that was born small", "",
         "Written by `python benchmarks/wave.py` from `benchmarks/results/wave.json`; do not edit.", "",
-        f"From {PAST} frames of a vibrating membrane ({SIZE} × {SIZE} points, leap-frog solution of the wave equation, "
-        f"random Gaussian bumps) the next frame. Four convolutions of {KERNEL} × {KERNEL}, {CHANNELS} channels; the small "
-        f"network's kernels are products of one-way filters (`factorize`, before training, 3-way, rank {RANK}). Both were "
-        f"trained alike on {TRAINING:,} membranes; relative L2 on {TEST} others.", "",
+        f"From {PAST} frames of a vibrating membrane ({SIZE} × {SIZE} points, leap-frog solution of the wave "
+        f"equation, random Gaussian bumps) the next frame. Four convolutions of {KERNEL} × {KERNEL}, {CHANNELS} "
+        "channels; the small network's kernels are products of one-way filters (`factorize`, before training, 3-way, "
+        f"rank {RANK}). Both were trained alike on {TRAINING:,} membranes; relative L2 on {TEST} others.", "",
         "| network | parameters | relative L2 | training s |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
     lines += [f"| {name} | {row['parameters']:,} | {row['relative_l2']:.4f} | {row['seconds']:.0f} |"
@@ -207,7 +207,7 @@ def document(stored: Mapping[str, Any]) -> str:
         ratio = rows["apriori"]["relative_l2"] / rows["dense"]["relative_l2"]
         lines += ["", f"{fewer:.2f} times fewer parameters, {ratio:.3f} times the error."]
     if stored.get("race"):
-        lines += ["", "One prediction, one thread, interleaved; *over dense*: latency ratio with its 95 % interval.", "",
+        lines += ["", "One prediction, one thread, interleaved; *over dense*: latency ratio, 95 % interval.", "",
                   "| engine | form | ms | over dense |", "| --- | --- | --- | --- |"]  # fmt: skip
         for row in sorted(stored["race"], key=lambda row: row["target"]):
             ratio = row["ratio"]

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgepack.compress._stages import Form, Stage, chain_module, stages
+from edgepack.compress._stages import Form, Stage, chain_module, fill, stages
 
 FORMS = ("3-way", "2-way", "shared", "cp")
 LETTERS = "ijk"
@@ -71,10 +71,7 @@ class Apriori(nn.Module):
     def rebuilt(self) -> nn.Module:
         """The same as one plain convolution."""
         layer = self.dense.layer(self.factors[0].dtype).eval()
-        with torch.no_grad():
-            layer.weight.copy_(self.kernel())  # type: ignore[operator, union-attr]
-            if self.bias is not None:
-                layer.bias.copy_(self.bias)  # type: ignore[operator, union-attr]
+        fill(layer, self.kernel(), self.bias)
         return layer
 
     def factored(self) -> nn.Sequential | None:
@@ -82,13 +79,9 @@ class Apriori(nn.Module):
         if self.form.method == "2-way":
             return None
         chain = chain_module(stages(self.dense, self.form), self.factors[0].dtype)
-        with torch.no_grad():
-            for layer, factor in zip(chain, self.factors, strict=False):
-                layer.weight.copy_(factor)  # type: ignore[operator, union-attr]
-            for layer in chain[len(self.factors) :]:  # of 3-way: the sum over ranks
-                nn.init.ones_(layer.weight)  # type: ignore[arg-type]
-            if self.bias is not None:
-                chain[-1].bias.copy_(self.bias)  # type: ignore[operator, union-attr]
+        ones = torch.ones(self.dense.outputs, self.form.ranks[0])  # of 3-way: the sum over ranks
+        for layer, factor in zip(chain, [*self.factors, ones], strict=False):
+            fill(layer, factor, self.bias if layer is chain[-1] else None)
         return chain
 
     def extra_repr(self) -> str:
@@ -189,9 +182,16 @@ def _checked(dense: Stage, form: str, rank: int) -> Form:
     return Form(form, (rank,))
 
 
-def _stage(axes: int, inputs: int, outputs: int, options: Sequence[object], groups: int, bias: bool) -> Stage:
-    kernel, stride, padding, dilation = (
-        value if isinstance(value, str) else (value,) * axes if isinstance(value, int) else tuple(value)  # type: ignore[call-overload]
-        for value in options
-    )
-    return Stage(inputs, outputs, kernel, stride, padding, dilation, groups, bias)
+def _stage(
+    axes: int, inputs: int, outputs: int, options: Sequence[int | Sequence[int] | str], groups: int, bias: bool
+) -> Stage:
+    size, stride, padding, dilation = (_each(value, axes) for value in options)
+    pads = options[2] if isinstance(options[2], str) else padding
+    return Stage(inputs, outputs, size, stride, pads, dilation, groups, bias)
+
+
+def _each(value: int | Sequence[int] | str, axes: int) -> tuple[int, ...]:
+    """One number per axis; of a word (how to pad) none."""
+    if isinstance(value, str):
+        return ()
+    return (value,) * axes if isinstance(value, int) else tuple(value)

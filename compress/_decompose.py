@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgepack.compress._stages import Form, Stage, chain_module, stages
+from edgepack.compress._stages import Form, Stage, chain_module, fill, stages
 from edgepack.errors import require
 
 SWEEPS = 3  # of HOOI, after HOSVD
@@ -35,18 +35,16 @@ def factored(layer: nn.Module, form: Form, moment: Tensor | None = None) -> nn.S
     chain = chain_module(stages(dense, form), weight.dtype)
     kernels = weight.detach().double().chunk(dense.groups)
     parts = [factors(kernel, form, None if moment is None else moment[index]) for index, kernel in enumerate(kernels)]
-    with torch.no_grad():
-        for stage, pieces in zip(chain, zip(*parts, strict=True), strict=True):
-            stage.weight.copy_(torch.cat(pieces).reshape(stage.weight.shape))  # type: ignore[operator, union-attr]
-        if isinstance(layer.bias, Tensor):
-            chain[-1].bias.copy_(layer.bias)  # type: ignore[operator, union-attr]
+    for stage, pieces in zip(chain, zip(*parts, strict=True), strict=True):
+        last = stage is chain[-1] and isinstance(layer.bias, Tensor)
+        fill(stage, torch.cat(pieces), layer.bias if last else None)  # type: ignore[arg-type]
     return chain
 
 
 def factors(kernel: Tensor, form: Form, moment: Tensor | None = None) -> list[Tensor]:
     """Weights of each stage for one group, outputs first."""
     if form.method == "channel-svd":
-        return channel_svd(kernel, *form.ranks, moment)
+        return channel_svd(kernel, form.ranks[0], moment)
     if form.method == "spatial-svd":
         return spatial_svd(kernel, *form.ranks)
     if form.method == "tucker":
@@ -158,4 +156,5 @@ def _unfolded(kernel: Tensor, mode: int) -> Tensor:
 
 def _leading(matrix: Tensor, count: int) -> Tensor:
     """The first left singular vectors, by the eigenvectors of the small Gram matrix."""
-    return torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)[:, :count]
+    vectors: Tensor = torch.linalg.eigh(matrix @ matrix.T).eigenvectors
+    return vectors.flip(1)[:, :count]

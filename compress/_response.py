@@ -106,7 +106,7 @@ def _batches(task: Task, samples: dict[str, Any]) -> Iterator[list[Tensor]]:
     if any(item.whole for item in task.inputs):
         yield tensors
         return
-    for parts in zip(*(one.split(size, axis) for one, axis in zip(tensors, axes, strict=True)), strict=True):
+    for parts in zip(*(torch.split(one, size, axis) for one, axis in zip(tensors, axes, strict=True)), strict=True):
         yield list(parts)
 
 

@@ -145,7 +145,7 @@ def _size(call: Call) -> tuple[int, ...]:
     sizes = shape(source)
     if isinstance(call.layer, nn.Linear):
         return sizes[1:-1]
-    return sizes[-len(call.layer.kernel_size) :]  # type: ignore[arg-type, union-attr]
+    return sizes[-len(call.layer.kernel_size) :]  # type: ignore[arg-type]
 
 
 def forms(spot: Spot, options: Factorize) -> list[Form]:

@@ -200,3 +200,12 @@ def chain_macs(chain: Sequence[Stage], size: Sequence[int]) -> int:
 def chain_module(chain: Sequence[Stage], dtype: torch.dtype = torch.float32) -> nn.Sequential:
     """The layers of a chain, in inference mode."""
     return nn.Sequential(*(stage.layer(dtype) for stage in chain)).eval()
+
+
+def fill(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """Give a stage's layer its numbers."""
+    with torch.no_grad():
+        for own, values_ in ((layer.weight, weight), (layer.bias, bias)):
+            if values_ is not None:
+                assert isinstance(own, torch.Tensor)
+                own.copy_(values_.reshape(own.shape))
