@@ -2,7 +2,8 @@
 
     python benchmarks/factorize.py write            # networks that are one layer each, in every form, for each engine
     python benchmarks/factorize.py times            # time them: nothing else should run; goes on where it stopped
-    python benchmarks/factorize.py choose           # the pass, not trained; writes whole networks for the race
+    python benchmarks/factorize.py choose           # the pass, not trained
+    python benchmarks/factorize.py export           # whole networks for the race; goes on where it stopped
     python benchmarks/factorize.py race             # time those: nothing else should run
     python benchmarks/factorize.py train            # the pass with its training (ResNet-32), scored on 10,000 images
     python benchmarks/factorize.py int8             # both networks in 8 bits, for race_int8
@@ -31,8 +32,8 @@ import torch
 from _cases import RANDOM
 from torch import nn
 
-from edgepack import metrics, models
-from edgepack.artifact import Artifact
+from edgepack import metrics, models, parts
+from edgepack.artifact import MANIFEST, Artifact
 from edgepack.compress._decompose import factored
 from edgepack.compress._graph import GraphView, put_layer
 from edgepack.compress._response import moments
@@ -41,10 +42,12 @@ from edgepack.compress._stages import DENSE, Form
 from edgepack.compress._stopwatch import Stopwatch
 from edgepack.compress._tune import Tune, tune
 from edgepack.compress.factorize import Factorize
-from edgepack.compressing import PassRun
-from edgepack.contracts import Settings
+from edgepack.compress.quantize import Quantize
+from edgepack.compressing import COMPRESSED, PassRun, compress
+from edgepack.contracts import Exporter, Settings
 from edgepack.data import open_data
 from edgepack.devices.host import Host
+from edgepack.exporting import export
 from edgepack.measurement import Ratio
 from edgepack.plan import Plan
 from edgepack.profiling import profile, write_module
@@ -55,7 +58,8 @@ from edgepack.versions import versions
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("onnx", "openvino")
 PACKAGES = ("torch", "onnxruntime", "openvino")
-CALIBRATION, TRAINING = 512, 4000
+CALIBRATION, TRAINING, CALIBRATION_INT8 = 512, 4000, 64
+ROLES = ("before", "after", "by energy")
 NAN = Ratio(float("nan"), float("nan"), float("nan"), "", "not run", float("nan"))
 
 
@@ -113,10 +117,8 @@ class Deferred:
         for item in (against, module):
             if item is not None and self.race is not None and not any(item is one for one in known):
                 known.append(item)
-                name = ("before", "after", "by energy")[len(known) - 1]
-                folder = self.race / format / name
-                shutil.rmtree(folder, ignore_errors=True)
-                write_module(item, self.inner.task, folder, format)
+                self.race.mkdir(parents=True, exist_ok=True)
+                torch.save(item, self.race / f"{ROLES[len(known) - 1]}.pt")
         return NAN
 
 
@@ -185,6 +187,18 @@ def choose(name: str, options: argparse.Namespace) -> None:
     page.store("choice", {"network": name, "title": CASES[name].name, **run.findings["factors"]}, facts())
 
 
+def export_race(name: str, options: argparse.Namespace) -> None:
+    """Those networks for each target; goes on where it was stopped."""
+    _, task = CASES[name].load(options.data)
+    for role in ROLES:
+        stored = options.work / name / "race" / f"{role}.pt"
+        for target in options.targets:
+            folder = options.work / name / "race" / target / role
+            if not (folder / MANIFEST).exists() or (folder / MANIFEST).stat().st_mtime < stored.stat().st_mtime:
+                shutil.rmtree(folder, ignore_errors=True)
+                write_module(torch.load(stored, weights_only=False), task, folder, target)
+
+
 def race(name: str, options: argparse.Namespace) -> None:
     """Before, after, and ranks by energy with as many MACs, interleaved."""
     for target in options.targets:
@@ -219,6 +233,29 @@ def train(name: str, options: argparse.Namespace) -> None:
         sys.stdout.write(f"{word} {row[word]}\n")
         sys.stdout.flush()
     page.store("accuracy", row, facts())
+
+
+def int8(name: str, options: argparse.Namespace) -> None:
+    """The dense network and the factored one in 8 bits, for each target."""
+    module, task = CASES[name].load(options.data)
+    data = open_data({"data": "cifar10_train20k.npz", "samples": CALIBRATION_INT8}, task.inputs, options.data)
+    small = Task(task.inputs, calibration=data)
+    for role, network in (("dense", module), ("factored", chosen(name, module, task))):
+        out = options.work / name / "int8" / role
+        if not (out / COMPRESSED / MANIFEST).exists():
+            compress(network, small, [Quantize(explain=False)], out, Silent())
+        export(out, [parts.find(Exporter, target)() for target in options.targets], Silent())
+
+
+def race_int8(name: str, options: argparse.Namespace) -> None:
+    for target in options.targets:
+        artifacts = [Artifact.open(options.work / name / "int8" / role / target) for role in ("dense", "factored")]
+        found = profile(artifacts, Host(), None, Settings(max_seconds=options.seconds, cold=False), Silent())
+        assert found[1].ratio is not None
+        times = [item.conditions["floor_ms"] for item in found]
+        row = {"network": name, "target": target, "ms": times, "ratio": asdict(found[1].ratio)}
+        sys.stdout.write(f"{json.dumps(row)}\n")
+        page.store("race_int8", row, facts())
 
 
 def chosen(name: str, module: nn.Module, task: Task) -> nn.Module:
@@ -256,7 +293,8 @@ def facts() -> dict[str, Any]:
 
 
 STAGES: Mapping[str, Any] = {
-    "write": write, "times": times, "choose": choose, "race": race, "train": train,
+    "write": write, "times": times, "choose": choose, "export": export_race, "race": race, "train": train, "int8": int8,
+    "race_int8": race_int8,
 }  # fmt: skip
 
 

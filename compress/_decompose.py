@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from edgepack.compress._stages import Form, Stage, chain_module, fill, stages
 from edgepack.errors import require
 
+NESTED = ("channel-svd", "spatial-svd")  # a smaller rank is the beginning of a larger one
 SWEEPS = 3  # of HOOI, after HOSVD
 ITERATIONS, SETTLED = 200, 1e-6  # of alternating least squares, and the relative change that ends them
 RIDGE = 1e-10  # of a kernel of norm 1: components may be linearly dependent
@@ -23,18 +25,42 @@ DAMPING = 1e-4  # of second moments, of the mean of their diagonal
 
 
 def factored(layer: nn.Module, form: Form, moment: Tensor | None = None) -> nn.Sequential:
-    """The layer in a form, as a chain of standard layers in inference mode.
+    """The layer in a form, as a chain of standard layers in inference mode; see ``in_forms``."""
+    return in_forms(layer, [form], moment)[0]
+
+
+def in_forms(layer: nn.Module, forms: Sequence[Form], moment: Tensor | None = None) -> list[nn.Sequential]:
+    """The layer in several forms; one SVD gives all ranks of a method.
 
     Args:
         moment: second moment of what the layer reads, (groups, n, n) with n = c·k / groups: ``channel-svd`` then
             makes the error of the results small instead of that of the weights.
     """
-    dense = Stage.of(layer)
-    weight = layer.weight
+    dense, weight = Stage.of(layer), layer.weight
     assert isinstance(weight, Tensor)
-    chain = chain_module(stages(dense, form), weight.dtype)
     kernels = weight.detach().double().chunk(dense.groups)
-    parts = [factors(kernel, form, None if moment is None else moment[index]) for index, kernel in enumerate(kernels)]
+    largest = {form.method: max(other.ranks for other in forms if other.method == form.method) for form in forms}
+    wholes = {
+        method: [factors(kernel, Form(method, ranks), None if moment is None else moment[index])
+                 for index, kernel in enumerate(kernels)]
+        for method, ranks in largest.items() if method in NESTED
+    }  # fmt: skip
+    found = []
+    for form in forms:
+        parts = [_first(whole, form.ranks[0]) for whole in wholes[form.method]] if form.method in NESTED else [
+            factors(kernel, form) for kernel in kernels]  # fmt: skip
+        found.append(_chain(layer, dense, form, parts))
+    return found
+
+
+def _first(factors_: Sequence[Tensor], rank: int) -> list[Tensor]:
+    """The first components of an SVD."""
+    into, out = factors_
+    return [into[:rank], out[:, :rank]]
+
+
+def _chain(layer: nn.Module, dense: Stage, form: Form, parts: Sequence[Sequence[Tensor]]) -> nn.Sequential:
+    chain = chain_module(stages(dense, form), layer.weight.dtype)  # type: ignore[arg-type]
     for stage, pieces in zip(chain, zip(*parts, strict=True), strict=True):
         last = stage is chain[-1] and isinstance(layer.bias, Tensor)
         fill(stage, torch.cat(pieces), layer.bias if last else None)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from edgepack.compress._budgets import Budget, meet
-from edgepack.compress._decompose import factored
+from edgepack.compress._decompose import factored, in_forms
 from edgepack.compress._graph import GraphView, put_layer
 from edgepack.compress._macs import macs
 from edgepack.compress._response import errors, moments
@@ -67,9 +67,9 @@ class Factorizing:
         step = self.run_.progress("factoring layers", len(self.spots))
         for spot in self.spots:
             spot.options = [spot.option(DENSE, spot.layer)]
-            for form in wanted[spot.layer]:
-                moment = seen.get(spot.layer) if form.method == "channel-svd" else None
-                spot.options.append(spot.option(form, factored(spot.layer, form, moment)))
+            own = wanted[spot.layer]
+            chains = in_forms(spot.layer, own, seen.get(spot.layer))
+            spot.options += [spot.option(form, chain) for form, chain in zip(own, chains, strict=True)]
             spot.why = "" if wanted[spot.layer] else "no rank saves a tenth of its multiply-accumulates"
             step(1)
         errors(module, self.task, self.spots)
