@@ -153,6 +153,7 @@ def write(name: str, options: argparse.Namespace) -> None:
     for target in case.options.targets:
         folder = options.work / name / "layers" / f"whole-{target}"
         if not (folder / "keys.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
             write_module(module, task, folder / "000", target)
             (folder / "keys.json").write_text(json.dumps([watch.key(target)]))
 

@@ -100,7 +100,8 @@ class Factorizing:
         """Those of the options."""
         found, one = [], example_inputs(self.task.specs, batch=1)
         if (ratio := self.options.macs_ratio) is not None:
-            found.append(Budget("macs_ratio", ratio, macs(module, one), self._costs(lambda option: option.macs)))
+            rows = max(item.rows for item in self.task.inputs)  # a layer's are of one sample
+            found.append(Budget("macs_ratio", ratio, macs(module, one) / rows, self._costs(lambda option: option.macs)))
         if (ratio := self.options.size_ratio) is not None:
             found.append(Budget("size_ratio", ratio, numbers(module), self._costs(lambda option: option.values)))
         return found + [budget for budget in self.latencies(module) if budget.ratio < 1]

@@ -160,6 +160,13 @@ def test_the_faster_form_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert run.notes[0] == "nothing was trained: the new kernels are random"
 
 
+def test_names_of_forms_and_methods_are_those_of_the_modules() -> None:
+    from edgepack.compress import _stages, factorize
+
+    assert factorize.FORMS == FORMS
+    assert set(factorize.METHODS) == {*_stages.METHODS, "auto"}
+
+
 def test_refused(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="factorize: 3-way 50 makes no convolution smaller"):
         apply(net(), tmp_path, Task((ITEM,)), rank=50, targets=())
