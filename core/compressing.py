@@ -82,10 +82,19 @@ class PassRun:
     def progress(self, text: str, total: int | None = None) -> Callable[[int], None]:
         return self.watcher.start(text, total)
 
-    def measure(self, module: nn.Module, against: nn.Module | None = None) -> Ratio:
+    def measure(self, module: nn.Module, against: nn.Module | None = None, format: str = "onnx") -> Ratio:
         from edgepack.profiling import time_modules
 
-        return time_modules(module, self.original if against is None else against, self.task, self.workdir)
+        pair = [self.original if against is None else against, module]
+        ratio = time_modules(pair, self.task, self.workdir, format)[1].ratio
+        assert ratio is not None  # the second of two contenders always has one
+        return ratio
+
+    def time(self, modules: Sequence[nn.Module], task: Task | None = None, format: str = "onnx") -> list[float]:
+        from edgepack.profiling import time_modules
+
+        profiles = time_modules(modules, task or self.task, self.workdir, format)
+        return [float(profile.conditions["floor_ms"]) for profile in profiles]
 
 
 def compress(

@@ -15,7 +15,7 @@ from edgepack.artifact import MANIFEST, Artifact, Golden, Manifest, describe_fil
 from edgepack.compressing import BASELINE
 from edgepack.contracts import Contender, Device, Exporter, Runtime, Settings
 from edgepack.errors import DeviceError, EdgepackError, InputError, MissingExtra, Unsupported
-from edgepack.measurement import Profile, Ratio
+from edgepack.measurement import Profile
 from edgepack.parity import engine_for, runtime_for
 from edgepack.plan import Plan
 from edgepack.progress import Progress, Silent
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgepack.task import Task
 
 PROFILES = "profiles"
+LEAST_SECONDS, SECONDS_EACH = 10.0, 1.0  # of a run in which passes time modules
 
 
 def profile(
@@ -124,28 +125,32 @@ def store(out: Path, profiles: Sequence[Profile]) -> None:
         path.unlink()
 
 
-def time_modules(module: nn.Module, against: nn.Module, task: Task, workdir: Path) -> Ratio:
-    """Latency of one module over another, both as ONNX on this host, one thread: what passes decide by."""
+def time_modules(modules: Sequence[nn.Module], task: Task, workdir: Path, format: str) -> list[Profile]:
+    """Latencies of modules as artifacts of one format on this host, one thread: what passes decide by.
+
+    Ratios are against the first.
+
+    Raises:
+        MissingExtra, DeviceError, Unsupported: the format cannot be written, or its engine cannot run, here.
+    """
     with tempfile.TemporaryDirectory(dir=_made(workdir)) as folder:
-        artifacts = [_temporary(item, task, Path(folder) / name) for name, item in (("a", against), ("b", module))]
-        device = parts.find(Device, "host")()
-        settings = Settings(max_seconds=10.0, cold=False)
-        ratio = profile(artifacts, device, None, settings, Silent())[1].ratio
-    assert ratio is not None  # the second of two contenders always has one
-    return ratio
+        artifacts = [write_module(item, task, Path(folder) / f"{n:03}", format) for n, item in enumerate(modules)]
+        settings = Settings(max_seconds=max(LEAST_SECONDS, SECONDS_EACH * len(artifacts)), cold=False)
+        return profile(artifacts, parts.find(Device, "host")(), None, settings, Silent())
 
 
-def _temporary(module: nn.Module, task: Task, folder: Path) -> Artifact:
+def write_module(module: nn.Module, task: Task, folder: Path, format: str) -> Artifact:
+    """A module as an artifact, with golden answers of its own simulation."""
     from edgepack.graph import capture, run_graph
 
     folder.mkdir(parents=True)
-    exporter = parts.find(Exporter, "onnx")()
+    exporter = parts.find(Exporter, format)()
     simulation = exporter.lower(capture(module, task), Plan())
     exporter.write(simulation, folder)
     inputs = task.samples(1)
     answers = run_graph(simulation, inputs)
     Golden(inputs, answers, answers).save(folder / "golden.npz")
-    manifest = Manifest("onnx", folder.name, "float32", simulation.inputs, simulation.outputs)
+    manifest = Manifest(format, folder.name, "float32", simulation.inputs, simulation.outputs)
     manifest = replace(manifest, files=describe_files(folder))
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return Artifact.open(folder)

@@ -1,0 +1,154 @@
+"""The results of ``factorize.py``: stored as JSON, shown as ``docs/factorize.md``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgepack.artifact import write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+STORED = ROOT / "benchmarks" / "results" / "factorize.json"
+DOCUMENT = ROOT / "docs" / "factorize.md"
+NAMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
+Row = Mapping[str, Any]
+
+
+def store(stage: str, row: Row, facts: Row) -> None:
+    """Put a row in place of that of the same network, target and form, and write the page."""
+    stored: dict[str, Any] = json.loads(STORED.read_text(encoding="utf-8")) if STORED.exists() else {}
+    same = [name for name in ("network", "target", "form") if name in row]
+    old = [item for item in stored.get(stage, []) if any(item[name] != row[name] for name in same)]
+    stored[stage] = sorted([*old, row], key=lambda item: [item[name] for name in same])
+    stored["facts"] = facts
+    write_text(STORED, json.dumps(_plain(stored), indent=1, allow_nan=False) + "\n")
+    rewrite()
+
+
+def rewrite() -> None:
+    write_text(DOCUMENT, document(json.loads(STORED.read_text(encoding="utf-8"))))
+
+
+def _plain(value: Any) -> Any:
+    """Without what was not measured."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def document(stored: Row) -> str:
+    return "\n".join(_lines(stored)) + "\n"
+
+
+def _lines(stored: Row) -> Iterator[str]:
+    yield "# Factored layers: `factorize`"
+    yield ""
+    yield (
+        "Written by `python benchmarks/factorize.py` from `benchmarks/results/factorize.json`; do not edit. Layers "
+        "become chains of smaller ones (Tucker-2, spatial and channel SVD). Every form of every layer is timed on the "
+        "engine before one is chosen; the choice keeps the budget with the least error that any choice has."
+    )
+    for stage, lines in (("race", _race), ("accuracy", _accuracy), ("race_int8", _int8), ("choice", _choice)):
+        if stored.get(stage):
+            yield ""
+            yield from lines(stored)
+    yield ""
+    named = ", ".join(f"{name} {version}" for name, version in stored["facts"]["versions"].items())
+    yield f"{stored['facts']['processor']}; {named}."
+
+
+def _titles(stored: Row) -> dict[str, str]:
+    return {row["network"]: row["title"] for row in stored["choice"]}
+
+
+def _faster(ratio: Row) -> str:
+    return f"{1 / ratio['value']:.3f} [{1 / ratio['high']:.3f}, {1 / ratio['low']:.3f}]"
+
+
+def _race(stored: Row) -> Iterator[str]:
+    choices = {row["network"]: row for row in stored["choice"]}
+    yield "## Latency"
+    yield ""
+    yield (
+        "Whole networks, float32, one thread, one image, interleaved; *× as fast* as the dense network with the 95 % "
+        "interval. *Predicted* adds up the times of single layers. *By energy*: Tucker ranks that keep one share of "
+        "the singular values' energy in every layer, chosen so that the network has as many multiply-accumulates, "
+        "untimed."
+    )
+    yield ""
+    yield ("| network | engine | MACs | parameters | × as fast [95 %] | predicted | ms dense → factored "
+           "| by energy: × as fast | factored over by energy: × as fast |")  # fmt: skip
+    yield "| --- " * 9 + "|"
+    for row in stored["race"]:
+        found = choices[row["network"]]
+        share = [found[name][1] / found[name][0] for name in ("macs", "parameters")]
+        predicted = 1 / found["targets"][row["target"]]["predicted"]
+        yield (
+            f"| {found['title']} | {NAMES[row['target']]} | {share[0]:.3f} | {share[1]:.3f} | {_faster(row['ratio'])} "
+            f"| {predicted:.3f} | {row['ms'][0]:.3f} → {row['ms'][2]:.3f} | {_faster(row['by_energy'])} "
+            f"| {_faster(row['over_by_energy'])} |"
+        )
+
+
+def _accuracy(stored: Row) -> Iterator[str]:
+    yield "## Accuracy"
+    yield ""
+    yield (
+        "Top-1 on the test images, none of which took part in any choice. The teacher is the dense network. Seconds "
+        "are of a machine with other work on it, one thread."
+    )
+    yield ""
+    yield "| network | images | dense | factored | trained | lost | training |"
+    yield "| --- " * 7 + "|"
+    for row in stored["accuracy"]:
+        yield (
+            f"| {_titles(stored)[row['network']]} | {row['samples']:,} | {100 * row['original']:.2f} % "
+            f"| {100 * row['factored']:.2f} % | {100 * row['trained']:.2f} % "
+            f"| {100 * (row['original'] - row['trained']):.2f} points "
+            f"| {row['settings']['epochs']} epochs of {row['images']:,} images, {row['seconds']:.0f} s |"
+        )
+
+
+def _int8(stored: Row) -> Iterator[str]:
+    yield "## In eight bits"
+    yield ""
+    yield "The factored network in 8 bits beside the dense one in 8 bits, interleaved as above."
+    yield ""
+    yield "| network | engine | dense ms | factored ms | × as fast [95 %] |"
+    yield "| --- " * 5 + "|"
+    for row in stored["race_int8"]:
+        yield (
+            f"| {_titles(stored)[row['network']]} | {NAMES[row['target']]} | {row['ms'][0]:.3f} | {row['ms'][1]:.3f} "
+            f"| {_faster(row['ratio'])} |"
+        )
+
+
+def _choice(stored: Row) -> Iterator[str]:
+    yield "## Layer by layer"
+    yield ""
+    yield (
+        "*Error*: squared distance of the results from those of the dense layer over their square, on calibration "
+        "images (noise for random weights), before training. Microseconds of the layer alone, dense → chosen; what an "
+        "engine spends around a call is in both."
+    )
+    for choice in stored["choice"]:
+        targets = list(choice["targets"])
+        yield ""
+        yield f"### {choice['title']}"
+        yield ""
+        yield f"| layer | form | error | {' | '.join(f'{NAMES[name]} µs' for name in targets)} | by energy |"
+        yield "| --- " * (4 + len(targets)) + "|"
+        for row in choice["layers"]:
+            times = [_times(row["ms"].get(name)) for name in targets]
+            form = row["form"] if row["form"] != "dense" else f"dense: {row['why']}"
+            ranks = "×".join(map(str, row["ranks"]))
+            yield (f"| {row['layer']} | {form} {ranks} | {row['error']:.4f} | {' | '.join(times)} "
+                   f"| {choice['by_energy']['layers'][row['layer']]} |")  # fmt: skip
+
+
+def _times(pair: Any) -> str:
+    return "–" if pair is None else f"{1e3 * pair[0]:.0f} → {1e3 * pair[1]:.0f}"
