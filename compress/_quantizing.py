@@ -19,6 +19,7 @@ from edgepack.compress._gains import merge_gains
 from edgepack.compress._gptq import round_in_turn, second_moments
 from edgepack.compress._graph import GraphView, argument, named, operator_of, owner_path, shape
 from edgepack.compress._grid import round_to, top, weight_scale
+from edgepack.compress._mixing import mixing, sentence
 from edgepack.compress._norms import fold_norms
 from edgepack.compress._observe import batches, observe_channels, observe_ends, observe_histograms
 from edgepack.compress._operators import WEIGHTED, aten, floating, fused, only_reader, passes, slope, word
@@ -54,6 +55,7 @@ class Quantizing:
     left: dict[str, str] = field(default_factory=dict)
     seen: dict[str, Histogram] = field(default_factory=dict)
     bits: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, tuple[Tensor, Tensor | float]] = field(default_factory=dict)  # and their least scales
 
     def run(self, module: nn.Module) -> nn.Module:
         module = self._fold(module)
@@ -69,6 +71,8 @@ class Quantizing:
         inputs = sample(graph, self.task)
         means = channel_means(graph.program.module(check_guards=False), inputs, _axes(graph))
         scales, weights = self._scales(module, graph, ranges)
+        if self.options.limits:
+            self._mix(module, graph, inputs, scales)
         wanted = self.options.explain or self.options.target is not None
         before = remember(graph, _parameters(module, graph), scales) if wanted else {}
         biases = _biases(graph, _parameters(module, graph), scales) if self.options.bias_correct else {}
@@ -89,6 +93,16 @@ class Quantizing:
             self._explain(graph, before, ranges)
         self._plan(capture(module, self.task), ranges, scales)
         return module
+
+    def _mix(self, module: nn.Module, graph: Graph, inputs: list[Tensor], scales: dict[str, Tensor]) -> None:
+        """Choose the bits of every weight to be rounded, and give it the scale of that many."""
+        found = mixing(self.options, graph, self.weights, module, self.run_.original)
+        self.bits, finding = found.choose(self.task, inputs, self.run_.progress)
+        for layer in found.layers:
+            scale = weight_scale(layer.weight, layer.floor, top(self.bits[layer.nodes[0]]))
+            scales.update(dict.fromkeys(layer.nodes, scale))
+        self.run_.record("mixed", finding)
+        self.run_.note(sentence(finding))
 
     def _correct(
         self, graph: Graph, ranges: Mapping[str, Range], inputs: list[Tensor], means: Mapping[str, Tensor],
@@ -233,10 +247,11 @@ class Quantizing:
                 self.left[node.name] = reason
                 continue
             assert weight is not None
+            bias = tensors.get(getattr(argument(node, "bias"), "name", ""))
+            self.weights[node.name] = weight, _floor(bias, ranges[source])
             if id(weight) not in done:
-                bias = tensors.get(getattr(argument(node, "bias"), "name", ""))
                 bits = BITS if source.startswith(INPUT) else self.options.stored_bits
-                done[id(weight)] = weight_scale(weight, _floor(bias, ranges[source]), top(bits)), bits
+                done[id(weight)] = weight_scale(*self.weights[node.name], top(bits)), bits
                 weights[node.name] = weight.data
             scales[node.name], self.bits[node.name] = done[id(weight)]
         if not scales:
@@ -273,7 +288,7 @@ class Quantizing:
             plan.nodes[name] = entry
         if missing := (set(scales) | set(ranges)) - set(plan.nodes):
             raise AssertionError(f"captured again, the network lacks {sorted(missing)}")
-        counts = Counter(max(self.bits[name], self.options.stored_bits) for name in scales)
+        counts = Counter(max(self.bits[name], self.options.widths[-1]) for name in scales)
         said = ", ".join(f"{bits}-bit weights in {count} layers" for bits, count in sorted(counts.items()))
         self.run_.note(f"{said}, {len(self.left)} left in float")
 

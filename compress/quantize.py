@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 CALIBRATIONS = ("minmax", "percentile", "mse", "entropy")
 ACTIVATIONS = ("static", "dynamic", "auto")
 TARGETS = ("avx2",)
+MIXED = (8, 4)  # bits that files have a type for
 ROUNDINGS = ("nearest", "gptq")
 
 
@@ -33,7 +34,12 @@ class Quantize(Pass):
     Attributes:
         bits: of weights and activations; 8, also when nothing is said.
         weight_bits: instead of ``bits``: of weights; 8 or 4. With 4, layers that read an input of the network keep 8:
-            they hold few weights, and all else depends on them.
+            they hold few weights, and all else depends on them. A list, such as [8, 6, 4, 3], says what to choose
+            from for each layer with ``size_ratio`` or ``bops_ratio``; without it, 8 and 4.
+        size_ratio: largest share of the float size that parameters may take, counted in bits (files hold more than
+            4 bits in 8, and fewer in 4). Each layer gets the bits that cost the outputs least.
+        bops_ratio: largest share of the float network's bit operations (multiply-accumulates × bits of weights × bits
+            of activations) that layers with weights may take.
         activation_bits: with ``weight_bits``: of activations; 8, or left out to leave them float: files of a quarter
             of the size that compute in float.
         activations: ``static``: ranges are fixed now, from ``task.calibration``. ``dynamic``: linear layers find the
@@ -55,7 +61,9 @@ class Quantize(Pass):
     stage: ClassVar[int] = 90
 
     bits: int | None = None
-    weight_bits: int | None = None
+    weight_bits: int | tuple[int, ...] | None = None
+    size_ratio: float | None = None
+    bops_ratio: float | None = None
     activation_bits: int | None = None
     activations: str = "static"
     calibrate: str = "mse"
@@ -68,6 +76,7 @@ class Quantize(Pass):
 
     def __post_init__(self) -> None:
         self._check_bits()
+        self._check_mixture()
         if self.activations not in ACTIVATIONS:
             raise ValueError(f"activations is one of {', '.join(ACTIVATIONS)}, not {self.activations!r}")
         if self.form == "float" and self.activations != "static":
@@ -92,7 +101,8 @@ class Quantize(Pass):
     def _check_bits(self) -> None:
         for name in ("bits", "weight_bits", "activation_bits"):
             allowed = (4, 8) if name == "weight_bits" else (8,)
-            if getattr(self, name) not in (None, *allowed):
+            given = getattr(self, name)
+            if given not in (None, *allowed) and not isinstance(given, (list, tuple)):
                 said = " or ".join(map(str, allowed))
                 raise ValueError(f"{name} is {said}, not {getattr(self, name)!r}")
         if self.bits is not None and (self.weight_bits is not None or self.activation_bits is not None):
@@ -100,10 +110,40 @@ class Quantize(Pass):
         if self.activation_bits is not None and self.weight_bits is None:
             raise ValueError("activation_bits needs weight_bits")
 
+    def _check_mixture(self) -> None:
+        if isinstance(self.weight_bits, list):
+            object.__setattr__(self, "weight_bits", tuple(self.weight_bits))
+        if isinstance(self.weight_bits, tuple):
+            if not self.weight_bits or not all(isinstance(b, int) and 2 <= b <= 8 for b in self.weight_bits):
+                raise ValueError(f"weight_bits is a list of bits from 2 to 8, not {self.weight_bits!r}")
+            if not self.limits:
+                raise ValueError("weight_bits is a list to choose from: say within which size_ratio or bops_ratio")
+        elif self.limits and self.weight_bits is not None:
+            raise ValueError(f"{next(iter(self.limits))} chooses weight_bits, which is a list then or left out")
+        if bad := [f"{name} = {share!r}" for name, share in self.limits.items() if not 0 < share <= 1]:
+            raise ValueError(f"{bad[0]}: a share is above 0 and at most 1")
+        if self.limits and self.target is not None:
+            raise ValueError(
+                f"target = {self.target!r} has its own bits for some layers: leave {', '.join(self.limits)}"
+            )
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Of what the bits of each layer are chosen for; empty where all have the same."""
+        given = {"size_ratio": self.size_ratio, "bops_ratio": self.bops_ratio}
+        return {name: share for name, share in given.items() if share is not None}
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits a weight may have, most first."""
+        if isinstance(self.weight_bits, tuple):
+            return tuple(sorted(set(self.weight_bits), reverse=True))
+        return MIXED if self.limits else (self.weight_bits or self.bits or 8,)
+
     @property
     def stored_bits(self) -> int:
-        """Of a weight."""
-        return self.weight_bits or self.bits or 8
+        """Of a weight, the most."""
+        return self.widths[0]
 
     @property
     def form(self) -> str:
