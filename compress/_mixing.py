@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from edgepack.compress._emulation import Emulation, Parameters, Variant, compute
 from edgepack.compress._gptq import round_in_turn, second_moments
 from edgepack.compress._graph import argument, operator_of, owner_path, shape
-from edgepack.compress._grid import round_to, top, weight_scale
+from edgepack.compress._grid import round_to, spread, top, weight_scale
 from edgepack.compress._observe import first_batches
 from edgepack.compress._operators import WEIGHTED, aten
 from edgepack.compress._programme import choose, total
@@ -176,7 +176,7 @@ class Mixing:
             scale = weight_scale(layer.weight, layer.floor, top(width))
             value = _rounded(layer.weight, scale, moments, top(width))
             error = (exact - compute(node, env, value, None)).movedim(layer.axis, 0).flatten(1).double().mean(1)
-            integers = (value / _steps(scale, value)).round().to(torch.int8)
+            integers = (value / spread(scale, value)).round().to(torch.int8)
             corrects = self.bias_correct and isinstance(argument(node, "bias"), fx.Node)
             self.trials[node.name].append(_Trial(integers, scale, error.float() if corrects else None))
         return 1
@@ -216,7 +216,7 @@ class Mixing:
         found = {}
         for layer, index in zip(self.layers, chosen, strict=True):
             trial = self.trials[layer.nodes[0]][index]
-            weight = trial.integers * _steps(trial.scale, trial.integers)
+            weight = trial.integers * spread(trial.scale, trial.integers)
             for name in layer.nodes:
                 found[name] = weight, self._bias(name, trial)
         return found
@@ -290,7 +290,7 @@ def mixing(options: Quantize, graph: Graph, rounded: Mapping[str, tuple[Tensor, 
         FLOAT_BITS if options.form == "float" else BYTE,
         sum(_macs(node) for node in weighted if node.name not in rounded) * FLOAT_BITS**2, options.limits,
     )  # fmt: skip
-    return Mixing(graph, layers, options.widths, budget, options.rounding == "gptq", options.bias_correct)
+    return Mixing(graph, layers, options.widths, budget, options.rounding != "nearest", options.bias_correct)
 
 
 def sentence(finding: Mapping[str, Any]) -> str:
@@ -327,10 +327,6 @@ def _rounded(weight: Tensor, scale: Tensor, moments: Tensor | None, largest: int
     if moments is None:
         return round_to(weight, scale, largest)
     return round_in_turn(weight, scale, moments, largest)
-
-
-def _steps(scale: Tensor, weight: Tensor) -> Tensor:
-    return scale.view(-1, *[1] * (weight.dim() - 1))
 
 
 def _decibel(share: float) -> float | None:

@@ -16,15 +16,16 @@ from edgepack.compress._correct import Correction, channel_means, sample
 from edgepack.compress._emulation import Emulation, Variant
 from edgepack.compress._equalize import equalize, pairs
 from edgepack.compress._gains import merge_gains
-from edgepack.compress._gptq import round_in_turn, second_moments
 from edgepack.compress._graph import GraphView, argument, named, operator_of, owner_path, shape
-from edgepack.compress._grid import round_to, top, weight_scale
+from edgepack.compress._grid import top, weight_scale
+from edgepack.compress._groups import grouped_words, scale_of
 from edgepack.compress._mixing import mixing, sentence
 from edgepack.compress._norms import fold_norms
 from edgepack.compress._observe import batches, observe_channels, observe_ends, observe_histograms
 from edgepack.compress._operators import WEIGHTED, aten, floating, fused, only_reader, passes, slope, word
 from edgepack.compress._ranges import METHODS, Histogram
-from edgepack.compress._saturation import Saturation
+from edgepack.compress._rounding import Rounding
+from edgepack.compress._saturation import Saturation, narrow_words
 from edgepack.compress._sensitivity import Sensitivity, remember, sentences
 from edgepack.compress._smooth import norms, smooth
 from edgepack.errors import InputError, Unsupported
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 OTHERS = ("minmax", "percentile")  # read from a histogram in no time
 BITS = 8  # of activations, and of what the options say nothing of
 INPUT = "input:"  # before the names of inputs in the plan
-NAMED = 8  # layers that a note lists
 BIAS_STEPS = 2.0**26  # a bias is at most this many steps of its 32-bit grid
 CONVOLUTIONS = tuple(operator for operator in WEIGHTED if operator is not aten.linear)
 RANGED = ("static", "auto")  # forms for which layers are corrected as ranges fixed now have it
@@ -85,6 +85,8 @@ class Quantizing:
                 if name in biases and bias is not None:
                     biases[name][0].copy_(bias)
             largest = correct()
+        for text in self.rounding.notes:
+            self.run_.note(text)
         if biases:
             self.run_.note(f"corrected {len(biases)} biases on {len(inputs[0])} samples, by {largest:.2g} at most")
         if self.options.target is not None:
@@ -143,11 +145,7 @@ class Quantizing:
     def _name_narrow(self, graph: Graph, rounded: int) -> None:
         nodes = [node for node in graph.program.graph.nodes if self.bits.get(node.name) == BITS - 1]
         paths = [owner_path(node) or node.name for node in nodes]
-        names = f": {', '.join(paths[:NAMED])}" if paths else ""
-        more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
-        self.run_.note(
-            f"7-bit weights where products saturate without VNNI: {len(paths)} of {rounded} layers{names}{more}"
-        )
+        self.run_.note(narrow_words(paths, rounded))
         self.run_.record("saturation", {"target": self.options.target, "layers": paths})
 
     def _explain(self, graph: Graph, before: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
@@ -222,10 +220,12 @@ class Quantizing:
         weight = weights.pop(node.name, None)
         if weight is None:
             return
-        moments = second_moments(node, read, weight) if self.options.rounding == "gptq" else None
-        scale, largest = scales[node.name], top(self.bits[node.name])
-        whole = round_to(weight, scale, largest) if moments is None else round_in_turn(weight, scale, moments, largest)
-        weight.copy_(whole)
+        weight.copy_(self.rounding.round(node, read, weight, scales[node.name], top(self.bits[node.name])))
+
+    @functools.cached_property
+    def rounding(self) -> Rounding:
+        layers = len({id(weight) for weight, _ in self.weights.values()})
+        return Rounding(self.options.rounding, self.options.rounding_seconds, layers, self.run_.progress)
 
     def _scales(
         self, module: nn.Module, graph: Graph, ranges: Mapping[str, Range]
@@ -251,7 +251,7 @@ class Quantizing:
             self.weights[node.name] = weight, _floor(bias, ranges[source])
             if id(weight) not in done:
                 bits = BITS if source.startswith(INPUT) else self.options.stored_bits
-                done[id(weight)] = weight_scale(*self.weights[node.name], top(bits)), bits
+                done[id(weight)] = scale_of(node, *self.weights[node.name], bits, self.options.group_size), bits
                 weights[node.name] = weight.data
             scales[node.name], self.bits[node.name] = done[id(weight)]
         if not scales:
@@ -279,7 +279,8 @@ class Quantizing:
                 low, high = ranges[name]
                 entry["range"] = {"low": low, "high": high, "bits": BITS}
             if node.name in scales:
-                entry["weight"] = {"bits": self.bits[node.name], "axis": 0}
+                grouped = {"group_size": self.options.group_size} if scales[node.name].dim() > 1 else {}
+                entry["weight"] = {"bits": self.bits[node.name], "axis": 0, **grouped}
                 if form != "static":
                     entry["activations"] = form
                 plan.tensors[f"{node.name}/weight_scale"] = scales[node.name].numpy()
@@ -290,7 +291,7 @@ class Quantizing:
             raise AssertionError(f"captured again, the network lacks {sorted(missing)}")
         counts = Counter(max(self.bits[name], self.options.widths[-1]) for name in scales)
         said = ", ".join(f"{bits}-bit weights in {count} layers" for bits, count in sorted(counts.items()))
-        self.run_.note(f"{said}, {len(self.left)} left in float")
+        self.run_.note(f"{said}{grouped_words(scales, self.options.group_size)}, {len(self.left)} left in float")
 
     def _activations(self, ranges: Mapping[str, Range], graph: Graph) -> Callable[[fx.Node, Tensor], Tensor]:
         """What rounding of activations does to the layers behind it, as far as it is the same for all engines."""

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 CALIBRATIONS = ("minmax", "percentile", "mse", "entropy")
 ACTIVATIONS = ("static", "dynamic", "auto")
 TARGETS = ("avx2",)
+FOUR, LEAST_GROUP = 4, 16
 MIXED = (8, 4)  # bits that files have a type for
-ROUNDINGS = ("nearest", "gptq")
+ROUNDINGS = ("nearest", "gptq", "adaround")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,11 @@ class Quantize(Pass):
             faster on this machine of those close to the original.
         calibrate: how ranges are read from what was seen: ``minmax`` (all of it), ``percentile`` (99.99 %), ``mse``
             (least squared error), ``entropy`` (least divergence of the distribution).
-        rounding: of weights: ``nearest``, or ``gptq``: columns in turn, each error passed on to those that follow.
+        rounding: of weights: ``nearest``; ``gptq``: columns in turn, each error passed on to those that follow; or
+            ``adaround``: whether each weight goes up or down is learned, layer after layer.
+        rounding_seconds: longest time for ``adaround``; layers it does not suffice for are as good as with ``gptq``.
+        group_size: with 4-bit weights and float activations: columns that share a scale, in linear layers and 1×1
+            convolutions whose rows are made of such groups; 16 or more, a power of two. None: one scale per row.
         equalize: bring the channels between two layers, or between a layer norm and the linear layers behind it, to
             one size where that leaves the network the same.
         bias_correct: take the mean error of each output channel out of its bias.
@@ -68,6 +73,8 @@ class Quantize(Pass):
     activations: str = "static"
     calibrate: str = "mse"
     rounding: str = "gptq"
+    rounding_seconds: float = 600.0
+    group_size: int | None = None
     equalize: bool = True
     bias_correct: bool = True
     explain: bool = True
@@ -88,6 +95,8 @@ class Quantize(Pass):
             raise ValueError(f"calibrate is one of {', '.join(CALIBRATIONS)}, not {self.calibrate!r}")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}, not {self.rounding!r}")
+        if self.rounding_seconds < 0:
+            raise ValueError(f"rounding_seconds is a time, not {self.rounding_seconds!r}")
         if self.target not in (None, *TARGETS):
             raise ValueError(f"target is {', '.join(map(repr, TARGETS))} or left out, not {self.target!r}")
         if self.target is not None and self.stored_bits != 8:
@@ -122,10 +131,18 @@ class Quantize(Pass):
             raise ValueError(f"{next(iter(self.limits))} chooses weight_bits, which is a list then or left out")
         if bad := [f"{name} = {share!r}" for name, share in self.limits.items() if not 0 < share <= 1]:
             raise ValueError(f"{bad[0]}: a share is above 0 and at most 1")
+        if self.group_size is not None:
+            self._check_groups(self.group_size)
         if self.limits and self.target is not None:
             raise ValueError(
                 f"target = {self.target!r} has its own bits for some layers: leave {', '.join(self.limits)}"
             )
+
+    def _check_groups(self, size: int) -> None:
+        if size < LEAST_GROUP or size & (size - 1):
+            raise ValueError(f"group_size is a power of two from {LEAST_GROUP}, not {size}")
+        if self.weight_bits != FOUR or self.form != "float":
+            raise ValueError("group_size needs weight_bits = 4 and float activations (no activation_bits)")
 
     @property
     def limits(self) -> dict[str, float]:

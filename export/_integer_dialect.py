@@ -52,6 +52,7 @@ class Dialect:
             what comes another way is quantized.
         twins: the first convolution of a skip is computed twice where other sums read it as well: in float for the one
             that stays float, in integers for the rest.
+        grouped: weights beside float activations may have a scale per group of columns.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Dialect:
     slow: Callable[[Node], bool] = lambda node: False
     detour: frozenset[str] = frozenset()
     twins: bool = False
+    grouped: bool = False
 
     @property
     def forms(self) -> dict[str, str]:
