@@ -287,7 +287,7 @@ def mixing(options: Quantize, graph: Graph, rounded: Mapping[str, tuple[Tensor, 
     values = sum(layer.weight.numel() for layer in layers)
     budget = Budget(
         FLOAT_BITS * _values(original), FLOAT_BITS * (_values(module) - values),
-        FLOAT_BITS if options.form == "float" else BYTE,
+        FLOAT_BITS if options.form == "float" else options.activation_bits or BYTE,
         sum(_macs(node) for node in weighted if node.name not in rounded) * FLOAT_BITS**2, options.limits,
     )  # fmt: skip
     return Mixing(graph, layers, options.widths, budget, options.rounding != "nearest", options.bias_correct)

@@ -10,24 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from edgepack.compress._correct import Correction, channel_means, sample
 from edgepack.compress._emulation import Emulation, Variant
-from edgepack.compress._equalize import equalize, pairs
-from edgepack.compress._gains import merge_gains
-from edgepack.compress._graph import GraphView, argument, named, operator_of, owner_path, shape
+from edgepack.compress._graph import argument, named, operator_of, owner_path, shape
 from edgepack.compress._grid import top, weight_scale
 from edgepack.compress._groups import grouped_words, scale_of
 from edgepack.compress._mixing import mixing, sentence
-from edgepack.compress._norms import fold_norms
-from edgepack.compress._observe import batches, observe_channels, observe_ends, observe_histograms
+from edgepack.compress._observe import batches, observe_ends, observe_histograms
 from edgepack.compress._operators import WEIGHTED, aten, floating, fused, only_reader, passes, slope, word
+from edgepack.compress._preparing import Preparing, parameters
 from edgepack.compress._ranges import METHODS, Histogram
 from edgepack.compress._rounding import Rounding
 from edgepack.compress._saturation import Saturation, narrow_words
 from edgepack.compress._sensitivity import Sensitivity, remember, sentences
-from edgepack.compress._smooth import norms, smooth
 from edgepack.errors import InputError, Unsupported
 from edgepack.graph import capture
 
@@ -58,14 +54,7 @@ class Quantizing:
     weights: dict[str, tuple[Tensor, Tensor | float]] = field(default_factory=dict)  # and their least scales
 
     def run(self, module: nn.Module) -> nn.Module:
-        module = self._fold(module)
-        view = GraphView.of(module, self.task)
-        _give_biases(view)
-        if gains := merge_gains(GraphView.of(module, self.task)):
-            self.run_.note(f"merged {gains} gains of channels into layers")
-        if self.options.equalize:
-            self._equalize(module)
-            self._smooth(module)
+        module = Preparing(self.task, self.run_, self.options.equalize).prepare(module)
         graph = capture(module, self.task)
         ranges = self._calibrate(graph)
         inputs = sample(graph, self.task)
@@ -74,8 +63,8 @@ class Quantizing:
         if self.options.limits:
             self._mix(module, graph, inputs, scales)
         wanted = self.options.explain or self.options.target is not None
-        before = remember(graph, _parameters(module, graph), scales) if wanted else {}
-        biases = _biases(graph, _parameters(module, graph), scales) if self.options.bias_correct else {}
+        before = remember(graph, parameters(module, graph), scales) if wanted else {}
+        biases = _biases(graph, parameters(module, graph), scales) if self.options.bias_correct else {}
         correct = functools.partial(self._correct, graph, ranges, inputs, means, biases, scales, weights)
         largest = correct()
         while self.options.target is not None and self._saturating(graph, before, ranges, scales):
@@ -161,33 +150,6 @@ class Quantizing:
         for text in sentences(finding):
             self.run_.note(text)
 
-    def _fold(self, module: nn.Module) -> nn.Module:
-        if not any(isinstance(layer, _BatchNorm) for layer in module.modules()):
-            return module
-        module, foldings = fold_norms(GraphView.of(module, self.task), self.task, self.run_)
-        folded = sum(len(folding.folded) for folding in foldings)
-        self.run_.note(f"folded {folded} batch norms, left {len(foldings[-1].left)}")
-        return module
-
-    def _equalize(self, module: nn.Module) -> None:
-        view = GraphView.of(module, self.task)
-        found = pairs(view)  # layers to be left in float too: they stay the same function
-        graph = capture(module, self.task)
-        axes = {pair.read.name: pair.axis for pair in found}
-        seen = observe_channels(graph, self.task, axes, self._progress("looking at channels")) if found else {}
-        changes = [equalize(pair, *seen[pair.read.name]) for pair in found]
-        if changes:
-            self.run_.note(f"equalized {len(changes)} pairs of layers; largest change of a channel {max(changes):.3g}×")
-
-    def _smooth(self, module: nn.Module) -> None:
-        graph = capture(module, self.task)
-        found = norms(graph.program.graph, _parameters(module, graph))
-        axes = {norm.node.name: len(shape(norm.node)) - 1 for norm in found}
-        seen = observe_channels(graph, self.task, axes, self._progress("looking at norms")) if found else {}
-        changes = [smooth(norm, *seen[norm.node.name]) for norm in found]
-        if changes:
-            self.run_.note(f"smoothed {len(changes)} layer norms; largest change of a channel {max(changes):.3g}×")
-
     def _calibrate(self, graph: Graph) -> dict[str, Range]:
         """Range of every float result and input."""
         nodes = {node.name: node for node in graph.program.module(check_guards=False).graph.nodes}
@@ -231,7 +193,7 @@ class Quantizing:
         self, module: nn.Module, graph: Graph, ranges: Mapping[str, Range]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Node → scale per output channel; the first node that reads a weight → the weight."""
-        tensors = _parameters(module, graph)
+        tensors = parameters(module, graph)
         scales: dict[str, Tensor] = {}
         done: dict[int, tuple[Tensor, int]] = {}
         weights: dict[str, Tensor] = {}
@@ -326,22 +288,6 @@ def _origin(node: fx.Node) -> fx.Node:
     while passes(node) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
-
-
-def _give_biases(view: GraphView) -> None:
-    """Give layers without a bias one of zeros, to be corrected and to take what engines want there anyway."""
-    for call in view.calls:
-        layer = call.layer
-        if operator_of(call.node) in WEIGHTED and layer.bias is None and call.obstacle is None:
-            weight = layer.weight
-            assert isinstance(weight, Tensor)
-            layer.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype), requires_grad=False)
-
-
-def _parameters(module: nn.Module, graph: Graph) -> dict[str, Tensor]:
-    """Placeholder → the module's own parameter."""
-    names = graph.program.graph_signature.inputs_to_parameters
-    return {key: functools.reduce(getattr, name.split("."), module) for key, name in names.items()}  # type: ignore[misc]
 
 
 def _axes(graph: Graph) -> dict[str, int]:
