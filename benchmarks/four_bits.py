@@ -44,11 +44,13 @@ NEAREST = {"rounding": "nearest", "bias_correct": False}
 KINDS: dict[str, dict[str, Any]] = {
     "W4": {"weight_bits": 4},
     "W4, nearest": {"weight_bits": 4, **NEAREST},
+    "W4, AdaRound": {"weight_bits": 4, "rounding": "adaround"},
+    "W4, groups of 32": {"weight_bits": 4, "group_size": 32},
     "W4A8": {"weight_bits": 4, "activation_bits": 8},
     "W4A8, nearest": {"weight_bits": 4, "activation_bits": 8, **NEAREST},
     "W8A8": {},
 }
-SCORED = ("W4", "W4, nearest", "W4A8", "W4A8, nearest")
+SCORED = tuple(kind for kind in KINDS if kind != "W8A8")
 TARGETS = {"coreml": {"target": "iOS18"}}
 INTERPRETED = 1000  # images, where an interpreter computes
 RACERS = (("W8A8", None), ("W4A8", "fast"), ("W4A8", "packed"), ("W4", "packed"))  # all against the first
@@ -159,7 +161,8 @@ def document(stored: Row) -> str:
     text = (
         "Real files, each in its own engine (Core ML: interpreted). *W4*: 4-bit weights, float activations, the files "
         "packed. *W4A8*: 8-bit activations beside them, files as each format writes them by default. *nearest*: "
-        "without edgepack's rounding and bias correction. *Lost*: points of top-1. *Size*: of the files over four "
+        "without edgepack's rounding and bias correction. *AdaRound*: rounding learned. *Groups*: a scale per 32 "
+        "columns of linear layers and 1×1 convolutions. *Lost*: points of top-1. *Size*: of the files over four "
         "bytes per parameter (OpenVINO: also its `.bin` alone). *Seconds*: of the whole compression, on a machine "
         "with other work. The eight-bit files are in [Eight bits](" + INTEGER_PAGE.name + ").\n"
     )

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from edgepack.compress._graph import argument, operator_of
-from edgepack.compress._grid import TOP
+from edgepack.compress._grid import TOP, spread
 from edgepack.compress._operators import aten
 
 DAMPING = 0.01  # of the mean diagonal
@@ -48,16 +48,16 @@ def round_in_turn(weight: Tensor, scale: Tensor, moments: Tensor, top: int = TOP
     """Values on the grid with less error of the layer's result than the nearest have; shape and type of ``weight``."""
     groups, columns = moments.shape[0], moments.shape[1]
     rest = weight.detach().double().reshape(groups, -1, columns).clone()
-    steps = scale.double().view(groups, -1)
+    steps = spread(scale, weight).double().expand_as(weight).reshape(groups, -1, columns)
     factor = _factor(moments)
     done = torch.zeros_like(rest)
     for column in range(columns):
-        whole = (rest[:, :, column] / steps).round().clamp(-top, top)
+        step = steps[:, :, column]
+        whole = (rest[:, :, column] / step).round().clamp(-top, top)
         done[:, :, column] = whole
-        error = (rest[:, :, column] - whole * steps) / factor[:, column, column, None]
+        error = (rest[:, :, column] - whole * step) / factor[:, column, column, None]
         rest[:, :, column:] -= error[:, :, None] * factor[:, None, column, column:]
-    shape = [-1, *[1] * (weight.dim() - 1)]
-    return done.reshape(weight.shape).to(weight.dtype) * scale.view(shape)
+    return done.reshape(weight.shape).to(weight.dtype) * spread(scale, weight)
 
 
 def _factor(moments: Tensor) -> Tensor:

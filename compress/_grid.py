@@ -1,4 +1,4 @@
-"""Weights on an integer grid: one symmetric scale per output channel."""
+"""Weights on an integer grid: one symmetric scale per output channel, or per group of its columns."""
 
 from __future__ import annotations
 
@@ -14,6 +14,18 @@ DEAD = 1e-30
 def top(bits: int) -> int:
     """The largest integer of a symmetric grid: 127 of 8 bits, 7 of 4."""
     return (1 << (bits - 1)) - 1
+
+
+def group_scale(weight: Tensor, top: int, size: int) -> Tensor:
+    """Scales (rows, groups) of ``size`` columns each, as ``weight_scale`` finds them."""
+    return weight_scale(weight.reshape(-1, size), top=top).view(len(weight), -1)
+
+
+def spread(scale: Tensor, weight: Tensor) -> Tensor:
+    """Scales in a form that multiplies a weight: (rows,), or (rows, groups)."""
+    if scale.dim() == 1:
+        return scale.view(-1, *[1] * (weight.dim() - 1))
+    return scale.repeat_interleave(weight[0].numel() // scale.shape[1], 1).view_as(weight)
 
 
 def weight_scale(weight: Tensor, floor: Tensor | float = 0.0, top: int = TOP) -> Tensor:
@@ -32,5 +44,5 @@ def weight_scale(weight: Tensor, floor: Tensor | float = 0.0, top: int = TOP) ->
 
 def round_to(weight: Tensor, scale: Tensor, top: int = TOP) -> Tensor:
     """The nearest values scale × integer, integers from −top to top."""
-    steps = scale.view(-1, *[1] * (weight.dim() - 1))
+    steps = spread(scale, weight)
     return (weight / steps).round().clamp(-top, top) * steps

@@ -87,6 +87,18 @@ def batches(graph: Graph, task: Task, size: int | None = None) -> Iterator[list[
         yield [torch.from_numpy(batch.inputs[spec.name]) for spec in graph.inputs]
 
 
+def first_batches(graph: Graph, task: Task, samples: int) -> Iterator[list[Tensor]]:
+    """The first calibration samples; where the graph fixes its batch, as many whole batches as hold them."""
+    fixed = batch_size(graph, 0)  # 1 unless the graph fixes another
+    size = fixed if fixed > 1 else min(samples, batch_size(graph))
+    left = samples
+    for inputs in batches(graph, task, size):
+        yield inputs if fixed > 1 else [value[:left] for value in inputs]
+        left -= len(inputs[0])
+        if left <= 0:
+            return
+
+
 def batch_size(graph: Graph, limit_bytes: int = BATCH_BYTES) -> int:
     """Samples at once such that no activation is over the limit; the whole batch of a graph that fixes it."""
     fixed = next((axis for spec in graph.inputs for axis in spec.shape[:1] if isinstance(axis, int)), None)

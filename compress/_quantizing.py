@@ -10,22 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from edgepack.compress._correct import Correction, channel_means, sample
 from edgepack.compress._emulation import Emulation, Variant
-from edgepack.compress._equalize import equalize, pairs
-from edgepack.compress._gains import merge_gains
-from edgepack.compress._gptq import round_in_turn, second_moments
-from edgepack.compress._graph import GraphView, argument, named, operator_of, owner_path, shape
-from edgepack.compress._grid import round_to, top, weight_scale
-from edgepack.compress._norms import fold_norms
-from edgepack.compress._observe import batches, observe_channels, observe_ends, observe_histograms
+from edgepack.compress._graph import argument, named, operator_of, owner_path, shape
+from edgepack.compress._grid import top, weight_scale
+from edgepack.compress._groups import grouped_words, scale_of
+from edgepack.compress._mixing import mixing, sentence
+from edgepack.compress._observe import batches, observe_ends, observe_histograms
 from edgepack.compress._operators import WEIGHTED, aten, floating, fused, only_reader, passes, slope, word
+from edgepack.compress._preparing import Preparing, parameters
 from edgepack.compress._ranges import METHODS, Histogram
-from edgepack.compress._saturation import Saturation
+from edgepack.compress._rounding import Rounding
+from edgepack.compress._saturation import Saturation, narrow_words
 from edgepack.compress._sensitivity import Sensitivity, remember, sentences
-from edgepack.compress._smooth import norms, smooth
 from edgepack.errors import InputError, Unsupported
 from edgepack.graph import capture
 
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
 OTHERS = ("minmax", "percentile")  # read from a histogram in no time
 BITS = 8  # of activations, and of what the options say nothing of
 INPUT = "input:"  # before the names of inputs in the plan
-NAMED = 8  # layers that a note lists
 BIAS_STEPS = 2.0**26  # a bias is at most this many steps of its 32-bit grid
 CONVOLUTIONS = tuple(operator for operator in WEIGHTED if operator is not aten.linear)
 RANGED = ("static", "auto")  # forms for which layers are corrected as ranges fixed now have it
@@ -54,24 +51,20 @@ class Quantizing:
     left: dict[str, str] = field(default_factory=dict)
     seen: dict[str, Histogram] = field(default_factory=dict)
     bits: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, tuple[Tensor, Tensor | float]] = field(default_factory=dict)  # and their least scales
 
     def run(self, module: nn.Module) -> nn.Module:
-        module = self._fold(module)
-        view = GraphView.of(module, self.task)
-        _give_biases(view)
-        if gains := merge_gains(GraphView.of(module, self.task)):
-            self.run_.note(f"merged {gains} gains of channels into layers")
-        if self.options.equalize:
-            self._equalize(module)
-            self._smooth(module)
+        module = Preparing(self.task, self.run_, self.options.equalize).prepare(module)
         graph = capture(module, self.task)
         ranges = self._calibrate(graph)
         inputs = sample(graph, self.task)
         means = channel_means(graph.program.module(check_guards=False), inputs, _axes(graph))
         scales, weights = self._scales(module, graph, ranges)
+        if self.options.limits:
+            self._mix(module, graph, inputs, scales)
         wanted = self.options.explain or self.options.target is not None
-        before = remember(graph, _parameters(module, graph), scales) if wanted else {}
-        biases = _biases(graph, _parameters(module, graph), scales) if self.options.bias_correct else {}
+        before = remember(graph, parameters(module, graph), scales) if wanted else {}
+        biases = _biases(graph, parameters(module, graph), scales) if self.options.bias_correct else {}
         correct = functools.partial(self._correct, graph, ranges, inputs, means, biases, scales, weights)
         largest = correct()
         while self.options.target is not None and self._saturating(graph, before, ranges, scales):
@@ -81,6 +74,8 @@ class Quantizing:
                 if name in biases and bias is not None:
                     biases[name][0].copy_(bias)
             largest = correct()
+        for text in self.rounding.notes:
+            self.run_.note(text)
         if biases:
             self.run_.note(f"corrected {len(biases)} biases on {len(inputs[0])} samples, by {largest:.2g} at most")
         if self.options.target is not None:
@@ -89,6 +84,16 @@ class Quantizing:
             self._explain(graph, before, ranges)
         self._plan(capture(module, self.task), ranges, scales)
         return module
+
+    def _mix(self, module: nn.Module, graph: Graph, inputs: list[Tensor], scales: dict[str, Tensor]) -> None:
+        """Choose the bits of every weight to be rounded, and give it the scale of that many."""
+        found = mixing(self.options, graph, self.weights, module, self.run_.original)
+        self.bits, finding = found.choose(self.task, inputs, self.run_.progress)
+        for layer in found.layers:
+            scale = weight_scale(layer.weight, layer.floor, top(self.bits[layer.nodes[0]]))
+            scales.update(dict.fromkeys(layer.nodes, scale))
+        self.run_.record("mixed", finding)
+        self.run_.note(sentence(finding))
 
     def _correct(
         self, graph: Graph, ranges: Mapping[str, Range], inputs: list[Tensor], means: Mapping[str, Tensor],
@@ -129,11 +134,7 @@ class Quantizing:
     def _name_narrow(self, graph: Graph, rounded: int) -> None:
         nodes = [node for node in graph.program.graph.nodes if self.bits.get(node.name) == BITS - 1]
         paths = [owner_path(node) or node.name for node in nodes]
-        names = f": {', '.join(paths[:NAMED])}" if paths else ""
-        more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
-        self.run_.note(
-            f"7-bit weights where products saturate without VNNI: {len(paths)} of {rounded} layers{names}{more}"
-        )
+        self.run_.note(narrow_words(paths, rounded))
         self.run_.record("saturation", {"target": self.options.target, "layers": paths})
 
     def _explain(self, graph: Graph, before: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
@@ -148,33 +149,6 @@ class Quantizing:
         self.run_.record("sensitivity", finding)
         for text in sentences(finding):
             self.run_.note(text)
-
-    def _fold(self, module: nn.Module) -> nn.Module:
-        if not any(isinstance(layer, _BatchNorm) for layer in module.modules()):
-            return module
-        module, foldings = fold_norms(GraphView.of(module, self.task), self.task, self.run_)
-        folded = sum(len(folding.folded) for folding in foldings)
-        self.run_.note(f"folded {folded} batch norms, left {len(foldings[-1].left)}")
-        return module
-
-    def _equalize(self, module: nn.Module) -> None:
-        view = GraphView.of(module, self.task)
-        found = pairs(view)  # layers to be left in float too: they stay the same function
-        graph = capture(module, self.task)
-        axes = {pair.read.name: pair.axis for pair in found}
-        seen = observe_channels(graph, self.task, axes, self._progress("looking at channels")) if found else {}
-        changes = [equalize(pair, *seen[pair.read.name]) for pair in found]
-        if changes:
-            self.run_.note(f"equalized {len(changes)} pairs of layers; largest change of a channel {max(changes):.3g}×")
-
-    def _smooth(self, module: nn.Module) -> None:
-        graph = capture(module, self.task)
-        found = norms(graph.program.graph, _parameters(module, graph))
-        axes = {norm.node.name: len(shape(norm.node)) - 1 for norm in found}
-        seen = observe_channels(graph, self.task, axes, self._progress("looking at norms")) if found else {}
-        changes = [smooth(norm, *seen[norm.node.name]) for norm in found]
-        if changes:
-            self.run_.note(f"smoothed {len(changes)} layer norms; largest change of a channel {max(changes):.3g}×")
 
     def _calibrate(self, graph: Graph) -> dict[str, Range]:
         """Range of every float result and input."""
@@ -208,16 +182,18 @@ class Quantizing:
         weight = weights.pop(node.name, None)
         if weight is None:
             return
-        moments = second_moments(node, read, weight) if self.options.rounding == "gptq" else None
-        scale, largest = scales[node.name], top(self.bits[node.name])
-        whole = round_to(weight, scale, largest) if moments is None else round_in_turn(weight, scale, moments, largest)
-        weight.copy_(whole)
+        weight.copy_(self.rounding.round(node, read, weight, scales[node.name], top(self.bits[node.name])))
+
+    @functools.cached_property
+    def rounding(self) -> Rounding:
+        layers = len({id(weight) for weight, _ in self.weights.values()})
+        return Rounding(self.options.rounding, self.options.rounding_seconds, layers, self.run_.progress)
 
     def _scales(
         self, module: nn.Module, graph: Graph, ranges: Mapping[str, Range]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Node → scale per output channel; the first node that reads a weight → the weight."""
-        tensors = _parameters(module, graph)
+        tensors = parameters(module, graph)
         scales: dict[str, Tensor] = {}
         done: dict[int, tuple[Tensor, int]] = {}
         weights: dict[str, Tensor] = {}
@@ -233,10 +209,11 @@ class Quantizing:
                 self.left[node.name] = reason
                 continue
             assert weight is not None
+            bias = tensors.get(getattr(argument(node, "bias"), "name", ""))
+            self.weights[node.name] = weight, _floor(bias, ranges[source])
             if id(weight) not in done:
-                bias = tensors.get(getattr(argument(node, "bias"), "name", ""))
                 bits = BITS if source.startswith(INPUT) else self.options.stored_bits
-                done[id(weight)] = weight_scale(weight, _floor(bias, ranges[source]), top(bits)), bits
+                done[id(weight)] = scale_of(node, *self.weights[node.name], bits, self.options.group_size), bits
                 weights[node.name] = weight.data
             scales[node.name], self.bits[node.name] = done[id(weight)]
         if not scales:
@@ -264,7 +241,8 @@ class Quantizing:
                 low, high = ranges[name]
                 entry["range"] = {"low": low, "high": high, "bits": BITS}
             if node.name in scales:
-                entry["weight"] = {"bits": self.bits[node.name], "axis": 0}
+                grouped = {"group_size": self.options.group_size} if scales[node.name].dim() > 1 else {}
+                entry["weight"] = {"bits": self.bits[node.name], "axis": 0, **grouped}
                 if form != "static":
                     entry["activations"] = form
                 plan.tensors[f"{node.name}/weight_scale"] = scales[node.name].numpy()
@@ -273,9 +251,9 @@ class Quantizing:
             plan.nodes[name] = entry
         if missing := (set(scales) | set(ranges)) - set(plan.nodes):
             raise AssertionError(f"captured again, the network lacks {sorted(missing)}")
-        counts = Counter(max(self.bits[name], self.options.stored_bits) for name in scales)
+        counts = Counter(max(self.bits[name], self.options.widths[-1]) for name in scales)
         said = ", ".join(f"{bits}-bit weights in {count} layers" for bits, count in sorted(counts.items()))
-        self.run_.note(f"{said}, {len(self.left)} left in float")
+        self.run_.note(f"{said}{grouped_words(scales, self.options.group_size)}, {len(self.left)} left in float")
 
     def _activations(self, ranges: Mapping[str, Range], graph: Graph) -> Callable[[fx.Node, Tensor], Tensor]:
         """What rounding of activations does to the layers behind it, as far as it is the same for all engines."""
@@ -310,22 +288,6 @@ def _origin(node: fx.Node) -> fx.Node:
     while passes(node) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
-
-
-def _give_biases(view: GraphView) -> None:
-    """Give layers without a bias one of zeros, to be corrected and to take what engines want there anyway."""
-    for call in view.calls:
-        layer = call.layer
-        if operator_of(call.node) in WEIGHTED and layer.bias is None and call.obstacle is None:
-            weight = layer.weight
-            assert isinstance(weight, Tensor)
-            layer.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype), requires_grad=False)
-
-
-def _parameters(module: nn.Module, graph: Graph) -> dict[str, Tensor]:
-    """Placeholder → the module's own parameter."""
-    names = graph.program.graph_signature.inputs_to_parameters
-    return {key: functools.reduce(getattr, name.split("."), module) for key, name in names.items()}  # type: ignore[misc]
 
 
 def _axes(graph: Graph) -> dict[str, int]:

@@ -9,7 +9,7 @@ kernel adds in 32 bits. OpenVINO pairs alike where channels are even in number. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LOWEST, HIGHEST = -(2**15), 2**15 - 1
 LARGEST = 255  # of an activation
+NAMED = 8  # layers that a note lists
 CHUNK = 1 << 24  # products at once
 
 
@@ -121,3 +122,14 @@ def _numbers(value: Any) -> list[int]:
 def _pair(value: Any) -> tuple[int, int]:
     numbers = _numbers(value)
     return numbers[0], numbers[-1]
+
+
+def narrow_words(paths: Sequence[str], rounded: int) -> str:
+    """Which layers have fewer bits, in a note.
+
+    Args:
+        rounded: how many layers have integer weights.
+    """
+    names = f": {', '.join(paths[:NAMED])}" if paths else ""
+    more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+    return f"7-bit weights where products saturate without VNNI: {len(paths)} of {rounded} layers{names}{more}"

@@ -6,7 +6,7 @@ how many decibels the network's outputs come closer to the float network's when 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from edgepack.compress._causes import DEAD, Row, Values, decibel
 from edgepack.compress._emulation import Emulation, Parameters, Quantize, Variant, compute
 from edgepack.compress._graph import argument, operator_of, owner_path
-from edgepack.compress._observe import batch_size, batches
+from edgepack.compress._observe import first_batches
 from edgepack.compress._operators import aten, floating, fused, only_reader, word
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Sensitivity:
         samples = self._samples(task, len(layers))
         with torch.no_grad():
             step = progress("explaining: layers alone", samples)
-            for inputs in self._inputs(task, samples):
+            for inputs in first_batches(self.graph, task, samples):
                 self.emulation.watch(inputs, self._look)
                 step(len(inputs[0]))
             singles = {name: Variant(left) for name, left in layers.items()}
@@ -85,16 +85,6 @@ class Sensitivity:
         given = len(task.calibration)
         wanted = int(SHARE * given / (layers / 2 + ROWS_COST))
         return min(given, max(LEAST, min(MOST, wanted)))
-
-    def _inputs(self, task: Task, samples: int) -> Iterator[list[Tensor]]:
-        fixed = batch_size(self.graph, 0)  # 1 unless the graph fixes another
-        size = fixed if fixed > 1 else min(samples, batch_size(self.graph))
-        left = samples
-        for inputs in batches(self.graph, task, size):
-            yield inputs if fixed > 1 else [value[:left] for value in inputs]
-            left -= len(inputs[0])
-            if left <= 0:
-                return
 
     def _layers(self) -> dict[str, frozenset[str]]:
         """What ``leave`` can name → the operators it would leave in float."""
@@ -167,7 +157,7 @@ class Sensitivity:
         """SQNR of the outputs of the rounded network, and of each variant."""
         runs = [Variant(exact=True), *variants.values()]
         signal, noise = 0.0, [0.0] * len(runs)
-        for inputs in self._inputs(task, samples):
+        for inputs in first_batches(self.graph, task, samples):
             rounded, exact, *others = self.emulation.run(inputs, runs)
             signal += sum(float(value.double().square().sum()) for value in exact)
             for index, found in enumerate([rounded, *others]):

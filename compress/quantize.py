@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 CALIBRATIONS = ("minmax", "percentile", "mse", "entropy")
 ACTIVATIONS = ("static", "dynamic", "auto")
 TARGETS = ("avx2",)
-ROUNDINGS = ("nearest", "gptq")
+FOUR, LEAST_GROUP = 4, 16
+MIXED = (8, 4)  # bits that files have a type for
+ROUNDINGS = ("nearest", "gptq", "adaround")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,12 @@ class Quantize(Pass):
     Attributes:
         bits: of weights and activations; 8, also when nothing is said.
         weight_bits: instead of ``bits``: of weights; 8 or 4. With 4, layers that read an input of the network keep 8:
-            they hold few weights, and all else depends on them.
+            they hold few weights, and all else depends on them. A list, such as [8, 6, 4, 3], says what to choose
+            from for each layer with ``size_ratio`` or ``bops_ratio``; without it, 8 and 4.
+        size_ratio: largest share of the float size that parameters may take, counted in bits (files hold more than
+            4 bits in 8, and fewer in 4). Each layer gets the bits that cost the outputs least.
+        bops_ratio: largest share of the float network's bit operations (multiply-accumulates × bits of weights × bits
+            of activations) that layers with weights may take.
         activation_bits: with ``weight_bits``: of activations; 8, or left out to leave them float: files of a quarter
             of the size that compute in float.
         activations: ``static``: ranges are fixed now, from ``task.calibration``. ``dynamic``: linear layers find the
@@ -42,7 +49,11 @@ class Quantize(Pass):
             faster on this machine of those close to the original.
         calibrate: how ranges are read from what was seen: ``minmax`` (all of it), ``percentile`` (99.99 %), ``mse``
             (least squared error), ``entropy`` (least divergence of the distribution).
-        rounding: of weights: ``nearest``, or ``gptq``: columns in turn, each error passed on to those that follow.
+        rounding: of weights: ``nearest``; ``gptq``: columns in turn, each error passed on to those that follow; or
+            ``adaround``: whether each weight goes up or down is learned, layer after layer.
+        rounding_seconds: longest time for ``adaround``; layers it does not suffice for are as good as with ``gptq``.
+        group_size: with 4-bit weights and float activations: columns that share a scale, in linear layers and 1×1
+            convolutions whose rows are made of such groups; 16 or more, a power of two. None: one scale per row.
         equalize: bring the channels between two layers, or between a layer norm and the linear layers behind it, to
             one size where that leaves the network the same.
         bias_correct: take the mean error of each output channel out of its bias.
@@ -55,11 +66,15 @@ class Quantize(Pass):
     stage: ClassVar[int] = 90
 
     bits: int | None = None
-    weight_bits: int | None = None
+    weight_bits: int | tuple[int, ...] | None = None
+    size_ratio: float | None = None
+    bops_ratio: float | None = None
     activation_bits: int | None = None
     activations: str = "static"
     calibrate: str = "mse"
     rounding: str = "gptq"
+    rounding_seconds: float = 600.0
+    group_size: int | None = None
     equalize: bool = True
     bias_correct: bool = True
     explain: bool = True
@@ -68,6 +83,7 @@ class Quantize(Pass):
 
     def __post_init__(self) -> None:
         self._check_bits()
+        self._check_mixture()
         if self.activations not in ACTIVATIONS:
             raise ValueError(f"activations is one of {', '.join(ACTIVATIONS)}, not {self.activations!r}")
         if self.form == "float" and self.activations != "static":
@@ -79,6 +95,8 @@ class Quantize(Pass):
             raise ValueError(f"calibrate is one of {', '.join(CALIBRATIONS)}, not {self.calibrate!r}")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}, not {self.rounding!r}")
+        if self.rounding_seconds < 0:
+            raise ValueError(f"rounding_seconds is a time, not {self.rounding_seconds!r}")
         if self.target not in (None, *TARGETS):
             raise ValueError(f"target is {', '.join(map(repr, TARGETS))} or left out, not {self.target!r}")
         if self.target is not None and self.stored_bits != 8:
@@ -92,7 +110,8 @@ class Quantize(Pass):
     def _check_bits(self) -> None:
         for name in ("bits", "weight_bits", "activation_bits"):
             allowed = (4, 8) if name == "weight_bits" else (8,)
-            if getattr(self, name) not in (None, *allowed):
+            given = getattr(self, name)
+            if given not in (None, *allowed) and not isinstance(given, (list, tuple)):
                 said = " or ".join(map(str, allowed))
                 raise ValueError(f"{name} is {said}, not {getattr(self, name)!r}")
         if self.bits is not None and (self.weight_bits is not None or self.activation_bits is not None):
@@ -100,10 +119,48 @@ class Quantize(Pass):
         if self.activation_bits is not None and self.weight_bits is None:
             raise ValueError("activation_bits needs weight_bits")
 
+    def _check_mixture(self) -> None:
+        if isinstance(self.weight_bits, list):
+            object.__setattr__(self, "weight_bits", tuple(self.weight_bits))
+        if isinstance(self.weight_bits, tuple):
+            if not self.weight_bits or not all(isinstance(b, int) and 2 <= b <= 8 for b in self.weight_bits):
+                raise ValueError(f"weight_bits is a list of bits from 2 to 8, not {self.weight_bits!r}")
+            if not self.limits:
+                raise ValueError("weight_bits is a list to choose from: say within which size_ratio or bops_ratio")
+        elif self.limits and self.weight_bits is not None:
+            raise ValueError(f"{next(iter(self.limits))} chooses weight_bits, which is a list then or left out")
+        if bad := [f"{name} = {share!r}" for name, share in self.limits.items() if not 0 < share <= 1]:
+            raise ValueError(f"{bad[0]}: a share is above 0 and at most 1")
+        if self.group_size is not None:
+            self._check_groups(self.group_size)
+        if self.limits and self.target is not None:
+            raise ValueError(
+                f"target = {self.target!r} has its own bits for some layers: leave {', '.join(self.limits)}"
+            )
+
+    def _check_groups(self, size: int) -> None:
+        if size < LEAST_GROUP or size & (size - 1):
+            raise ValueError(f"group_size is a power of two from {LEAST_GROUP}, not {size}")
+        if self.weight_bits != FOUR or self.form != "float":
+            raise ValueError("group_size needs weight_bits = 4 and float activations (no activation_bits)")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Of what the bits of each layer are chosen for; empty where all have the same."""
+        given = {"size_ratio": self.size_ratio, "bops_ratio": self.bops_ratio}
+        return {name: share for name, share in given.items() if share is not None}
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits a weight may have, most first."""
+        if isinstance(self.weight_bits, tuple):
+            return tuple(sorted(set(self.weight_bits), reverse=True))
+        return MIXED if self.limits else (self.weight_bits or self.bits or 8,)
+
     @property
     def stored_bits(self) -> int:
-        """Of a weight."""
-        return self.weight_bits or self.bits or 8
+        """Of a weight, the most."""
+        return self.widths[0]
 
     @property
     def form(self) -> str:

@@ -76,6 +76,7 @@ def view(data: Values) -> dict[str, Any]:
         "measurements": [_measurement(group) for group in _groups(data["profiles"])],
         "devices": _devices(data["profiles"]),
         "sensitivity": _sensitivity(data["compressed"]),
+        "mixed": _mixed(data["compressed"]),
         "tokens": _tokens(data["compressed"]),
     }
 
@@ -251,6 +252,18 @@ def _sensitivity(compressed: Values | None) -> dict[str, Any] | None:
     axis = ticks(0.0, max([row["gain_db"] or 0.0 for row in found["layers"]] + [1.0]), count=3)
     rows = [{**row, "to": place(row["gain_db"] or 0.0, 0, axis[-1])} for row in found["layers"][:LAYERS]]
     return {**found, "rows": rows, "more": len(found["layers"]) - len(rows), "axis": _axis(axis)}
+
+
+def _mixed(compressed: Values | None) -> dict[str, Any] | None:
+    """The best mixtures of widths by size, and which one the layers have."""
+    steps = [] if compressed is None else compressed["manifest"]["history"]
+    found = next((step["findings"]["mixed"] for step in steps if "mixed" in step.get("findings", {})), None)
+    if found is None:
+        return None
+    rows = [{**row, "chosen": row["layers"] == found["chosen"]["layers"]} for row in found["table"]]
+    if not any(row["chosen"] for row in rows):
+        rows = sorted([*rows, {**found["chosen"], "chosen": True}], key=lambda row: float(row["size_ratio"]))
+    return {**found, "table": rows, "widths": list(found["chosen"]["layers"])}
 
 
 def _tokens(compressed: Values | None) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from edgepack.contracts import Graph, TensorSpec
 from edgepack.errors import Unsupported, require
+from edgepack.export._coreml_groups import merge_groups
 from edgepack.export._coreml_half import exact
 from edgepack.export._coreml_program import spelled_out
 from edgepack.graph import recapture
@@ -36,7 +37,7 @@ def convert(graph: Graph, package: Path, target: str, half: bool) -> None:
     Raises:
         Unsupported: an operator has no Core ML form; names it.
     """
-    planar = _planar(graph)
+    planar = merge_groups(_planar(graph))
     with silence():  # coremltools draws progress bars and says which versions it was tested with
         ct = require("coremltools", "coreml")
         pipeline = ct.PassPipeline.DEFAULT

@@ -81,7 +81,7 @@ def simulated(graph: Graph, plan: Plan, weights_only: bool, target: str) -> Grap
                 f"coreml: iOS16 cannot compute {name} in 8 bits",
                 "target = 'iOS17' or later, or activations = 'float' (weights only)",
             )
-    simulation = quantized(graph, plan, COREML)
+    simulation = quantized(graph, plan, replace(COREML, grouped=target == "iOS18"))
     return simulation if "static" in forms.values() else replace(simulation, dialect=WEIGHTS)
 
 

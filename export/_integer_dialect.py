@@ -55,6 +55,7 @@ class Dialect:
         early: operators that only pick among values, before which these are quantized, not behind.
         twins: the first convolution of a skip is computed twice where other sums read it as well: in float for the one
             that stays float, in integers for the rest.
+        grouped: weights beside float activations may have a scale per group of columns.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Dialect:
     first: bool = False
     early: frozenset[str] = frozenset()
     twins: bool = False
+    grouped: bool = False
 
     @property
     def forms(self) -> dict[str, str]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 OPENVINO = Dialect(
     "u8s8-openvino",
+    grouped=True,
     fused=RELUS | LEAKY,
     integer=frozenset(),
     both=NORMS,

@@ -31,6 +31,7 @@ Array = np.ndarray[Any, Any]
 INT32 = 2**31 - 1
 OFF_TIES = 1 + 1 / 4096  # 0.1 · 5 steps would be halfway between two; 255 steps are still the nearest to 255
 LEAST_STEP = 1e-30
+REGROUPED = ("view",)  # what lays the groups of a weight side by side
 GRID_ERROR = 1e-6  # of a scale; how far from its grid a weight may be
 
 
@@ -240,6 +241,9 @@ class _Writer:
         bias: Any = node.args[2] if len(node.args) > 2 else None
         scale = self.plan.tensors[f"{self.names[node]}/weight_scale"]
         where = str(weight.target)
+        if scale.ndim > 1:
+            node.update_arg(1, self._groups(node, where, self._values(weight), scale, shared))
+            return
         node.update_arg(1, self._integers(node, where, _on_grid(self._values(weight), scale, where), scale, shared))
         if bias is None or not self._static(node) or kind_of(node) in self.dialect.float_bias:
             return
@@ -249,6 +253,20 @@ class _Writer:
         if np.abs(whole).max(initial=0) > INT32:
             raise Unsupported(f"the bias of {node.name} does not fit 32 bits", f"leave = [{where!r}] in quantize")
         node.update_arg(2, self._integers(node, str(bias.target), whole.astype(np.int32), steps, shared))
+
+    def _groups(self, node: Node, where: str, values: Array, scale: Array, shared: dict[tuple[str, str], Node]) -> Node:
+        """A weight with a scale per group of columns: every group a row of its own, laid side by side again."""
+        import torch
+
+        if not self.dialect.grouped:
+            raise Unsupported(
+                f"this format has no weights with a scale per group of columns ({where})",
+                "leave group_size out in quantize",
+            )
+        rows, flat = values.reshape(scale.size, -1), scale.reshape(-1)
+        wide = self._integers(node, where, _on_grid(rows, flat, where), flat, shared)
+        with self.module.graph.inserting_before(node):
+            return self.module.graph.call_function(torch.ops.aten.view.default, (wide, list(values.shape)))
 
     def _integers(
         self, reader: Node, name: str, whole: Array, scale: Array, shared: dict[tuple[str, str], Node]
@@ -289,10 +307,17 @@ def planned_integer(simulation: Graph) -> Counter[str]:
     """Operators that read integer weights, by kind."""
     kinds: Counter[str] = Counter()
     for node in simulation.program.graph.nodes:
-        sources = [source for source in node.all_input_nodes if "dequantize_per_channel" in str(source.target)]
-        if sources:
+        if word(node) in REGROUPED:
+            continue
+        sources = [_ungrouped(source) for source in node.all_input_nodes]
+        if any("dequantize_per_channel" in str(source.target) for source in sources):
             kinds[word(node)] += 1
     return kinds
+
+
+def _ungrouped(node: Node) -> Node:
+    """What stands before the reshaping of a weight that has a scale per group."""
+    return node.all_input_nodes[0] if word(node) in REGROUPED else node
 
 
 def transposed(simulation: Graph) -> list[str]:

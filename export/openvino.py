@@ -22,7 +22,7 @@ from edgepack.export._dialects import exact_half, lower_float
 from edgepack.export._onnx_form import to_onnx
 from edgepack.export._openvino_dynamic import describe, require_rounding, simulated, unrounded
 from edgepack.export._openvino_integer import OPENVINO, drop_zeros, hold_integers, set_group
-from edgepack.export._openvino_packed import pack, packed_values, values
+from edgepack.export._openvino_packed import pack, packed_values, regroup, values
 from edgepack.export._openvino_slim import slim
 from edgepack.export._packed import check_form, hold_packed, packs_float, require_four
 from edgepack.export._qdq import transposed
@@ -82,6 +82,7 @@ class Openvino(Exporter):
         packed = integers and packs_float(self.weights, simulation)
         if integers:
             drop_zeros(model)
+            regroup(ov, model)
         if packed:
             pack(ov, model)
         if simulation.dialect in (OPENVINO.forms["float"], OPENVINO.forms["dynamic"]):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
-from edgepack.compress._quantizing import _parameters  # noqa: E402
+from edgepack.compress._preparing import parameters  # noqa: E402
 from edgepack.compress._smooth import Norm, norms, smooth  # noqa: E402
 from edgepack.graph import capture  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402
@@ -37,7 +37,7 @@ class Block(nn.Module):
 
 def found(module: nn.Module) -> list[Norm]:
     graph = capture(module, TASK)
-    return norms(graph.program.graph, _parameters(module, graph))
+    return norms(graph.program.graph, parameters(module, graph))
 
 
 @settings(max_examples=5, deadline=None)
