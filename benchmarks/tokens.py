@@ -54,7 +54,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "int8 static": {"activations": "static"},
     "int8 dynamic": {"activations": "dynamic"},
 }
-BEST = {"onnx": ("int8 static", "int8 dynamic"), "openvino": ("int8 static",), "tflite": ("int8 dynamic",)}
 CALIBRATION = 8  # pictures; of random weights nothing better can be said
 CIFAR = {"scale": 255, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 CIFAR_BATCH = 100
@@ -113,7 +112,7 @@ def prepare(options: argparse.Namespace) -> None:
                 made: tuple[Graph, Plan] | None = None
                 for engine in options.engines:
                     folder = place(options.work, engine, form, batch, rate)
-                    if (form != "float" and form not in BEST[engine]) or (folder / MANIFEST).exists():
+                    if (folder / MANIFEST).exists():
                         continue
                     began = time.perf_counter()
                     made = made or compressed(module, task, rate, form)
