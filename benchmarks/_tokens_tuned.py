@@ -1,4 +1,4 @@
-"""The trained ViT of ``tokens.py``: cut and trained on, beside the uncut network trained on the same schedule."""
+"""The ViT of ``_tokens_vit.py`` cut and trained, beside the uncut network trained on the same schedule; 8 bits too."""
 
 from __future__ import annotations
 
@@ -9,68 +9,83 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from _tokens_files import ENGINES, applied, cut, write
+from _tokens_vit import BATCH, ITEM, answers, pictures, vit
 from torch import nn
 
-from edgepack import metrics, models
+from edgepack import metrics, parts
 from edgepack.compress._tune import Tune
+from edgepack.compress.quantize import Quantize
 from edgepack.compress.reorganize import Reorganize
 from edgepack.compressing import PassRun
+from edgepack.contracts import Runtime
 from edgepack.data import open_data
+from edgepack.graph import capture
 from edgepack.plan import Plan
 from edgepack.progress import Silent
-from edgepack.task import Input, Task
+from edgepack.task import Task
 
 ROOT = Path(__file__).resolve().parent.parent
-CIFAR: dict[str, Any] = {"scale": 255, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 SHRINK = 0.3
-BATCH = 100
+CALIBRATION = 512
+TRAINING = "cifar10_train20k.npz"
 
 
-def vit(data: Path) -> nn.Module:
-    return models.load("models.py:vit_cifar10", ROOT / "examples" / "zoo", data / "vit_cifar10.safetensors")
+def training_task(options: argparse.Namespace) -> Task:
+    training = open_data(TRAINING, (ITEM,), options.data)
+    return Task((ITEM,), training=training, metric=metrics.find("top1", ROOT), augment="crop-flip")
 
 
-def vit_task(options: argparse.Namespace) -> Task:
-    item = Input("x", (1, 3, 32, 32), **CIFAR)
-    spec = {"data": "cifar10_train20k.npz"} | ({"samples": options.images} if options.images else {})
-    training = open_data(spec, (item,), options.data)
-    return Task((item,), training=training, metric=metrics.find("top1", ROOT), augment="crop-flip")
-
-
-def settings(options: argparse.Namespace) -> Tune:
+def settings(epochs: int) -> Tune:
     return Tune(
-        epochs=options.epochs, optimizer="adamw", lr=options.lr, batch=128, held_out=options.held_out,
-        share=options.share, weight_decay=0.01,
+        epochs=epochs, optimizer="adamw", lr=5e-4, batch=128, held_out=500, share=0.9, weight_decay=0.01
     )  # fmt: skip
 
 
 def tuned(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The ViT trained at each keep rate (1: uncut), the weights kept as files; a killed run goes on where it was."""
-    original, task = vit(options.data), vit_task(options)
+    original, task = vit(options.data), training_task(options)
     test = pictures(options.data, options.samples)
     for rate in options.rates:
         job = PassRun(options.work / f"tuned {options.epochs} keep {rate:g}", 0, Plan(), Silent(), original, task)
-        found = Reorganize(keep_rate=rate, tune=settings(options), shrink=SHRINK).apply(
-            copy.deepcopy(original), task, job
-        )
-        torch.save(found.state_dict(), options.work / f"vit {options.epochs} keep {rate:g}.pt")
+        item = Reorganize(keep_rate=rate, tune=settings(options.epochs), shrink=SHRINK)
+        found = item.apply(copy.deepcopy(original), task, job)
+        torch.save(found.state_dict(), weights(options, rate))
         learnt = job.findings["tune"]
         yield {
             "keep_rate": rate, "epochs": options.epochs, "top1": top1(found, *test), "samples": len(test[1]),
             "seconds": learnt["seconds"], "kept": learnt["kept"], "history": learnt["epochs"],
-            "settings": asdict(settings(options)), "shrink": SHRINK, "images": len(task.training or ()),
+            "settings": asdict(settings(options.epochs)), "shrink": SHRINK, "images": len(task.training or ()),
         }  # fmt: skip
 
 
-def pictures(data: Path, samples: int | None) -> tuple[Any, Any]:
-    """Test images as the network takes them, and their classes."""
-    with np.load(data / "cifar10_test.npz") as stored:
-        pixels, labels = stored["x"][:samples], stored["y"][:samples]
-    mean, std = (np.array(CIFAR[name], np.float32) for name in ("mean", "std"))
-    values = ((pixels / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(values, np.float32), labels
+def integer(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Top-1 of the trained networks in 8 bits, real files in their engines."""
+    original = vit(options.data)
+    calibration = open_data({"data": TRAINING, "samples": CALIBRATION}, (ITEM,), options.data)
+    task = Task((ITEM,), calibration=calibration)
+    images, labels = pictures(options.data, options.samples)
+    for rate in options.rates:
+        network = cut(original, task, rate)
+        network.load_state_dict(torch.load(weights(options, rate), weights_only=True))
+        found, plan = applied(Quantize(explain=False), network, task)
+        graph = capture(found, task)
+        for engine in options.engines:
+            artifact = write(engine, graph, plan, task, options.work / f"tuned int8 {engine} keep {rate:g}")
+            session = parts.find(Runtime, ENGINES[engine])().load(artifact, 1)
+            size = BATCH if engine != "tflite" else 1
+            (logits,) = answers(lambda x, session=session: session.run({"x": x}), graph, images, size)
+            session.close()
+            yield {
+                "keep_rate": rate, "epochs": options.epochs, "engine": engine, "samples": len(labels),
+                "top1": float((logits.argmax(1) == labels).mean()), "dialect": artifact.manifest.dialect,
+            }  # fmt: skip
+
+
+def weights(options: argparse.Namespace, rate: float) -> Path:
+    found: Path = options.work / f"vit {options.epochs} keep {rate:g}.pt"
+    return found
 
 
 def top1(module: nn.Module, images: Any, labels: Any) -> float:
