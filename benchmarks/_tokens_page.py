@@ -16,6 +16,7 @@ PUBLISHED = {1.0: 4.6, 0.9: 4.0, 0.8: 3.5, 0.7: 3.0, 0.6: 2.6, 0.5: 2.3}  # G, D
 NAMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "tflite": "LiteRT"}
 TINY = 0.0005  # of the time: what the uncut network spends on it is nothing
 SHOWN = 0.003  # of the time: smaller kinds of operators are one row
+MOST = 4  # operators that are named
 Row = Mapping[str, Any]
 
 
@@ -129,13 +130,14 @@ def _explain(stored: Row) -> Iterator[str]:
 
 def _clocked(row: Row, left: float) -> Iterator[str]:
     whole, fewer = (sum(times[side] for times in row["operators"].values()) for side in (0, 1))
-    new = sum(fewer for before, fewer in row["operators"].values() if before < TINY * whole)
+    new = {kind: after for kind, (before, after) in row["operators"].items() if before < TINY * whole}
+    most = ", ".join(f"{kind} {new[kind]:.2f}" for kind in sorted(new, key=lambda kind: -new[kind])[:MOST])
     yield ""
     yield (
         f"{NAMES[row['engine']]}, {row['form']}, keep rate {row['keep_rate']:g}: {whole:.1f} → {fewer:.1f} ms, "
         f"{whole / fewer:.2f} times as fast where the MACs allow {1 / left:.2f}. Operators that the uncut network "
-        f"has (almost) none of, which rank, choose and join tokens, take {new:.2f} ms, "
-        f"{100 * new / fewer:.1f} % of the time."
+        f"has (almost) none of, which rank, choose and join tokens, take {sum(new.values()):.2f} ms, "
+        f"{100 * sum(new.values()) / fewer:.1f} % of the time ({most})."
     )
     yield ""
     yield "| operators | uncut ms | cut ms | cut ÷ uncut | beyond the MACs, ms |"

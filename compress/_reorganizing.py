@@ -59,9 +59,7 @@ class Reorganizing:
         self._try(module, before[0], one)
         if self.options.budget is not None:
             solve(Budget(self.options.budget, limit, before[1]), module, cuts, self.task, self.run_)
-        shrink = self.options.shrink
-        hold = Hold(schedule=[lambda progress: set_progress(module, progress, shrink)], settled=shrink)
-        tune(module, self.task, self.run_, self.options.tune, hold)
+        self._tune(module)
         self._say(module, blocks, cuts, before[1], macs(module, one))
         return module
 
@@ -101,6 +99,14 @@ class Reorganizing:
                     f"reorganize: a cut at {block.path} would leave no token: it reads {block.tokens}, all special"
                 )
         return chosen
+
+    def _tune(self, module: nn.Module) -> None:
+        """Train while the keep rates fall and afterwards; without settings they are what they are to be."""
+        shrink = self.options.shrink
+        hold = Hold(schedule=[lambda progress: set_progress(module, progress, shrink)], settled=shrink)
+        tune(module, self.task, self.run_, self.options.tune, hold)
+        if self.options.tune is not None and shrink > 0:
+            self.run_.note("tune: the score before is the uncut network's, from which the keep rate falls")
 
     def _limit(self, module: nn.Module, before: int) -> float:
         """What the budget allows; ``before`` are the multiply-accumulates of the network without cuts."""

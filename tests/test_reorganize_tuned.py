@@ -13,14 +13,16 @@ import pytest
 torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
 from torch import nn  # noqa: E402
 
+from _networks import ZOO  # noqa: E402
 from _reorganizing import vit  # noqa: E402
-from edgepack import metrics  # noqa: E402
+from edgepack import metrics, pipeline, recipe  # noqa: E402
 from edgepack.compress import _cuts  # noqa: E402
 from edgepack.compress._cuts import cuts_of, set_progress  # noqa: E402
 from edgepack.compress._tune import Tune  # noqa: E402
 from edgepack.compress.reorganize import Reorganize  # noqa: E402
 from edgepack.compressing import PassRun  # noqa: E402
 from edgepack.data import Arrays  # noqa: E402
+from edgepack.pipeline import Options  # noqa: E402
 from edgepack.plan import Plan  # noqa: E402
 from edgepack.progress import Silent  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402
@@ -129,6 +131,35 @@ def test_interrupted_in_the_schedule_it_goes_on_to_the_same_weights(
     assert any("went on after epoch 1" in note for note in run.notes)
     wanted = calm.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in resumed.state_dict().items())
+
+
+RECIPE = """
+[model]
+module = "models.py:VisionTransformer"
+options = {width = 16, depth = 3, heads = 2}
+[task]
+input = {shape = [1, 3, 32, 32], scale = 255, mean = [0.5], std = [0.25]}
+training = {data = "data.npz"}
+metric = "top1"
+[[compress]]
+use = "reorganize"
+keep_rate = 0.5
+tune = {epochs = 2, batch = 16, held_out = 4}
+"""
+
+
+def test_a_recipe_trains_it(tmp_path: Path) -> None:
+    (tmp_path / "models.py").write_text((ZOO / "models.py").read_text())
+    (tmp_path / "edgepack.toml").write_text(RECIPE)
+    data = pictures(80, 0)
+    np.savez(tmp_path / "data.npz", x=data.raw["x"], y=data.targets)
+    loaded = recipe.load(tmp_path, ["compress.reorganize.tune.epochs=1", "compress.reorganize.shrink=0.5"])
+    found = pipeline.compress_recipe(loaded, Options(out=tmp_path / "out"))
+    (entry,) = found.manifest.history
+    assert (entry["options"]["tune"]["epochs"], entry["options"]["shrink"]) == (1, 0.5)
+    assert entry["findings"]["tune"]["samples"] == 64
+    assert entry["findings"]["tokens"]["blocks"][-1]["tokens"] == [34, 19]
+    assert any("score before is the uncut" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("shrink", [-0.1, 1.0])

@@ -38,7 +38,7 @@ def test_every_row_has_as_many_cells_as_its_head(page: Any) -> None:
     stored = {
         "counts": [{**counted, "keep_rate": 1.0}, {**counted, "keep_rate": 0.7, "formula": 3_000_000_000}],
         "explain": [{"engine": "onnx", "form": "float", "keep_rate": 0.7, "runs": 3,
-                     "operators": {"MatMul": [10.0, 7.0], "TopK": [0.0, 0.5], "Tiny": [0.001, 0.001]}}],
+                     "operators": {"MatMul": [10.0, 7.0], "TopK": [0.0, 0.5], "Tiny": [0.01, 0.001]}}],
         "accuracy": [{"keep_rate": 0.7, "samples": 5, "macs": 10**6, "top1": 0.7, "engines": {"onnx": engine}}],
         "tuned": [{**trained, "keep_rate": 1.0}, {**trained, "keep_rate": 0.7, "top1": 0.6}],
         "integer": [{"keep_rate": 0.7, "epochs": 2, "engine": "onnx", "top1": 0.59}],
@@ -51,7 +51,7 @@ def test_every_row_has_as_many_cells_as_its_head(page: Any) -> None:
         assert len(cells) <= 1, table
     assert "| 2 | 0.7 | 70.00 % | 60.00 % | 10.00 | 59.00 % | – | – | 2.00 [1.67, 2.50] | – | – | 3 s |" in text
     assert "10.0 → 7.5 ms, 1.33 times as fast where the MACs allow 1.33" in text
-    assert "take 0.50 ms, 6.7 % of the time" in text
+    assert "take 0.50 ms, 6.7 % of the time (TopK 0.50)." in text
     assert "| MatMul | 10.00 | 7.00 | 0.700 | -0.50 |" in text
     assert "| 256 × 256 | 0.6 | 257 → 155 | 0.000 | 0.000 | 0.900 |" in text
 
