@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from _tokens_vit import BATCH, ITEM, answers, pictures, vit
 from torch import nn
 
 from edgepack import metrics, parts
+from edgepack.artifact import MANIFEST, Artifact
 from edgepack.compress._tune import Tune
 from edgepack.compress.quantize import Quantize
 from edgepack.compress.reorganize import Reorganize
@@ -61,26 +62,34 @@ def tuned(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def integer(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Top-1 of the trained networks in 8 bits, real files in their engines."""
-    original = vit(options.data)
-    calibration = open_data({"data": TRAINING, "samples": CALIBRATION}, (ITEM,), options.data)
-    task = Task((ITEM,), calibration=calibration)
+    """Top-1 of the trained networks in 8 bits, real files in their engines; files that are there already stay."""
     images, labels = pictures(options.data, options.samples)
     for rate in options.rates:
-        network = cut(original, task, rate)
-        network.load_state_dict(torch.load(weights(options, rate), weights_only=True))
-        found, plan = applied(Quantize(explain=False), network, task)
-        graph = capture(found, task)
-        for engine in options.engines:
-            artifact = write(engine, graph, plan, task, options.work / f"tuned int8 {engine} keep {rate:g}")
+        folders = {engine: options.work / f"tuned int8 {engine} keep {rate:g}" for engine in options.engines}
+        write_integer(options, rate, {name: path for name, path in folders.items() if not (path / MANIFEST).exists()})
+        for engine, folder in folders.items():
+            artifact = Artifact.open(folder)
             session = parts.find(Runtime, ENGINES[engine])().load(artifact, 1)
             size = BATCH if engine != "tflite" else 1
-            (logits,) = answers(lambda x, session=session: session.run({"x": x}), graph, images, size)
+            outputs = artifact.manifest.outputs
+            (logits,) = answers(lambda x, session=session: session.run({"x": x}), outputs, images, size)
             session.close()
             yield {
                 "keep_rate": rate, "epochs": options.epochs, "engine": engine, "samples": len(labels),
                 "top1": float((logits.argmax(1) == labels).mean()), "dialect": artifact.manifest.dialect,
             }  # fmt: skip
+
+
+def write_integer(options: argparse.Namespace, rate: float, folders: Mapping[str, Path]) -> None:
+    if not folders:
+        return
+    calibration = open_data({"data": TRAINING, "samples": CALIBRATION}, (ITEM,), options.data)
+    task = Task((ITEM,), calibration=calibration)
+    network = cut(vit(options.data), task, rate)
+    network.load_state_dict(torch.load(weights(options, rate), weights_only=True))
+    found, plan = applied(Quantize(explain=False), network, task)
+    for engine, folder in folders.items():
+        write(engine, capture(found, task), plan, task, folder)
 
 
 def weights(options: argparse.Namespace, rate: float) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from edgepack import models, parts
 from edgepack.compress._cuts import Cut, cuts_of
 from edgepack.compress._macs import macs
-from edgepack.contracts import Contender, Graph, Runtime, Settings
+from edgepack.contracts import Contender, Graph, Runtime, Settings, TensorSpec
 from edgepack.devices.host import Host
 from edgepack.graph import capture, run_graph
 from edgepack.plan import Plan
@@ -72,7 +72,7 @@ def accuracy(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for rate in options.rates:
         module = cut(network, task, rate)
         graph = capture(Told(module).eval() if rate < 1 else module, task)
-        logits, *kept = answers(lambda x, graph=graph: run_graph(graph, {"x": x}), graph, images)
+        logits, *kept = answers(lambda x, graph=graph: run_graph(graph, {"x": x}), graph.outputs, images)
         row: dict[str, Any] = {
             "keep_rate": rate, "samples": len(labels), "top1": float((logits.argmax(1) == labels).mean()),
             "macs": macs(module, (torch.zeros(1, 3, 32, 32),)), "engines": {},
@@ -84,10 +84,10 @@ def accuracy(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def answers(call: Any, graph: Graph, images: Any, size: int = BATCH) -> list[Any]:
+def answers(call: Any, outputs: Sequence[TensorSpec], images: Any, size: int = BATCH) -> list[Any]:
     """All outputs for all images, in batches."""
     rows = [call(images[start : start + size]) for start in range(0, len(images), size)]
-    return [np.concatenate([row[spec.name] for row in rows]) for spec in graph.outputs]
+    return [np.concatenate([row[spec.name] for row in rows]) for spec in outputs]
 
 
 def beside(
@@ -97,7 +97,7 @@ def beside(
     artifact = write(engine, graph, Plan(), task, work / "told")
     session = parts.find(Runtime, ENGINES[engine])().load(artifact, 1)
     size = BATCH if engine != "tflite" else 1
-    found, *places = answers(lambda x: session.run({"x": x}), graph, images, size)
+    found, *places = answers(lambda x: session.run({"x": x}), graph.outputs, images, size)
     session.close()
     same = np.ones(len(labels), bool)
     for theirs, ours in zip(places, kept, strict=True):
