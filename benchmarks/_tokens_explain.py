@@ -1,4 +1,4 @@
-"""Where the time of DeiT-S goes by the engines' own clocks: operators of the uncut network and of a cut one."""
+"""Where the time goes by the engines' own clocks: operators of the uncut network and of a cut one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ WARM = 3
 Times = dict[tuple[str, str], list[float]]  # milliseconds of each run, by name and kind of an operator
 
 
-def explain(engine: str, uncut: Artifact, cut: Artifact, runs: int, threads: int) -> Iterator[dict[str, Any]]:
+def explain(engine: str, uncut: Artifact, cut: Artifact, runs: int, threads: int) -> dict[str, Any]:
     """Milliseconds by kind of operator, in turns; medians over the runs, added up over operators of a kind."""
     clocks = [CLOCKS[engine](artifact, threads) for artifact in (uncut, cut)]
     for run in range(WARM + runs):
         for call, _ in clocks:
             call(run >= WARM)
     whole, fewer = (by_kind(read()) for _, read in clocks)
-    yield {
+    return {
         "engine": engine, "runs": runs, "threads": threads,
         "operators": {kind: [whole.get(kind, 0.0), fewer.get(kind, 0.0)] for kind in {**whole, **fewer}},
     }  # fmt: skip

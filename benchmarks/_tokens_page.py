@@ -118,14 +118,14 @@ def _explain(stored: Row) -> Iterator[str]:
     yield ""
     runs = stored["explain"][0]["runs"]
     yield (
-        f"DeiT-S, one image, one thread, by the engine's own clock: medians of {runs} runs of every operator, uncut "
+        f"One image, one thread, float32, by the engine's own clock: medians of {runs} runs of every operator, uncut "
         "and cut in turns, added up by kind. *Beyond the MACs*: what the cut network takes more than the uncut one's "
         "time times the share of multiply-accumulates that is left; these add up to what is lost against the ratio of "
         "MACs. The clock itself costs time, so the sums are a little longer than latencies. LiteRT's Python package "
         "shows no times of operators."
     )
     for row in stored["explain"]:
-        yield from _clocked(row, _macs_left(stored, row["keep_rate"]))
+        yield from _clocked(row, _macs_left(stored, row))
 
 
 def _clocked(row: Row, left: float) -> Iterator[str]:
@@ -134,7 +134,7 @@ def _clocked(row: Row, left: float) -> Iterator[str]:
     most = ", ".join(f"{kind} {new[kind]:.2f}" for kind in sorted(new, key=lambda kind: -new[kind])[:MOST])
     yield ""
     yield (
-        f"{NAMES[row['engine']]}, {row['form']}, keep rate {row['keep_rate']:g}: {whole:.1f} → {fewer:.1f} ms, "
+        f"{row['network']}, {NAMES[row['engine']]}, keep rate {row['keep_rate']:g}: {whole:.1f} → {fewer:.1f} ms, "
         f"{whole / fewer:.2f} times as fast where the MACs allow {1 / left:.2f}. Operators that the uncut network "
         f"has (almost) none of, which rank, choose and join tokens, take {sum(new.values()):.2f} ms, "
         f"{100 * sum(new.values()) / fewer:.1f} % of the time ({most})."
@@ -149,10 +149,11 @@ def _clocked(row: Row, left: float) -> Iterator[str]:
         yield f"| {kind} | {before:.2f} | {after:.2f} | {ratio} | {after - left * before:+.2f} |"
 
 
-def _macs_left(stored: Row, rate: float) -> float:
-    """The share of DeiT-S's multiply-accumulates that a keep rate leaves."""
-    macs = {row["keep_rate"]: row["formula"] for row in stored["counts"] if row["network"] == "DeiT-S"}
-    return float(macs[rate] / macs[1.0])
+def _macs_left(stored: Row, row: Row) -> float:
+    """The share of a network's multiply-accumulates that a keep rate leaves."""
+    counted = [one for one in stored.get("counts", ()) if one["network"] == row["network"]]
+    macs = {one["keep_rate"]: one["macs"] for one in counted or stored["accuracy"]}  # the ViT's are beside its score
+    return float(macs[row["keep_rate"]] / macs[1.0])
 
 
 def _tuned(stored: Row) -> Iterator[str]:

@@ -29,6 +29,7 @@ from _tokens_explain import explain
 from _tokens_files import ENGINES, accepted, applied, cut, write
 from _tokens_tuned import integer, tuned
 from _tokens_vit import accuracy, prepare_vit, race_vit
+from _tokens_vit import place as vit_place
 from torch import nn
 
 from edgepack import models, parts
@@ -169,10 +170,20 @@ def equal(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def clocked(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Times of operators of the uncut network and of one cut at the last of the rates."""
-    whole, fewer = (place(options.work, options.engine, options.form, 1, rate) for rate in (1.0, options.rates[-1]))
-    for row in explain(options.engine, Artifact.open(whole), Artifact.open(fewer), options.runs, options.threads):
-        yield {**row, "form": options.form, "keep_rate": options.rates[-1]}
+    """Times of operators of the uncut network and of one cut at the last of the rates; DeiT-S, then the ViT."""
+    engine, rate = options.engine, options.rates[-1]
+    pairs = {
+        "DeiT-S": [place(options.work, engine, "float", 1, one) for one in (1.0, rate)],
+        "ViT": [vit_place(options.work, engine, one) for one in (1.0, rate)],
+    }
+    for network, folders in pairs.items():
+        if all((folder / MANIFEST).exists() for folder in folders):
+            whole, fewer = (Artifact.open(folder) for folder in folders)
+            yield {
+                "network": network,
+                "keep_rate": rate,
+                **explain(engine, whole, fewer, options.runs, options.threads),
+            }
 
 
 PREPARE = {"prepare": prepare, "prepare_vit": prepare_vit}
@@ -184,7 +195,7 @@ STAGES: dict[str, tuple[Any, tuple[str, ...]]] = {  # what makes the rows, and w
     "tuned": (tuned, ("keep_rate", "epochs")),
     "integer": (integer, ("keep_rate", "epochs", "engine")),
     "equal": (equal, ("side",)),
-    "explain": (clocked, ("engine", "form", "keep_rate")),
+    "explain": (clocked, ("network", "engine", "keep_rate")),
 }
 
 

@@ -36,8 +36,8 @@ def test_every_row_has_as_many_cells_as_its_head(page: Any) -> None:
                "settings": {"optimizer": "adamw", "lr": 0.1, "batch": 8, "share": 0.9}}  # fmt: skip
     engine = {"top1": 0.7, "same_tokens": 1.0, "max_rel": 1e-6}
     stored = {
-        "counts": [{**counted, "keep_rate": 1.0}, {**counted, "keep_rate": 0.7, "formula": 3_000_000_000}],
-        "explain": [{"engine": "onnx", "form": "float", "keep_rate": 0.7, "runs": 3,
+        "counts": [{**counted, "keep_rate": 1.0}, {**counted, "keep_rate": 0.7, "macs": 3_000_000_000}],
+        "explain": [{"network": "DeiT-S", "engine": "onnx", "keep_rate": 0.7, "runs": 3,
                      "operators": {"MatMul": [10.0, 7.0], "TopK": [0.0, 0.5], "Tiny": [0.01, 0.001]}}],
         "accuracy": [{"keep_rate": 0.7, "samples": 5, "macs": 10**6, "top1": 0.7, "engines": {"onnx": engine}}],
         "tuned": [{**trained, "keep_rate": 1.0}, {**trained, "keep_rate": 0.7, "top1": 0.6}],
