@@ -4,6 +4,9 @@
     python benchmarks/tokens.py accuracy --data DATA                  # the ViT for CIFAR-10, PyTorch and engines
     python benchmarks/tokens.py prepare                               # DeiT-S as files of three engines, f32 and int8
     python benchmarks/tokens.py race --engine onnx --threads 1        # one interleaved run of those files
+    python benchmarks/tokens.py explain --engine onnx                 # the engine's own clock, operator by operator
+    python benchmarks/tokens.py prepare_vit, race_vit --engine onnx   # the same for the ViT
+    python benchmarks/tokens.py tuned --epochs 4 --rates 1 0.7        # trained after the cut; integer: 8 bits on top
 
 Each stage replaces its own rows of ``benchmarks/results/tokens.json`` and writes ``docs/tokens.md``. DeiT-S has
 random weights: numbers of tokens, and with them latencies, do not depend on weights. ``DATA`` holds
@@ -13,33 +16,34 @@ random weights: numbers of tokens, and with them latencies, do not depend on wei
 from __future__ import annotations
 
 import argparse
-import copy
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import _tokens_page as page
 import numpy as np
 import torch
-from torch import Tensor, nn
+from _tokens_explain import explain
+from _tokens_files import ENGINES, accepted, applied, cut, write
+from _tokens_tuned import integer, tuned
+from _tokens_vit import accuracy, prepare_vit, race_vit
+from _tokens_vit import place as vit_place
+from torch import nn
 
 from edgepack import models, parts
-from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, Parity, describe_files
-from edgepack.compress._cuts import Cut, cuts_of
+from edgepack.artifact import MANIFEST, Artifact
 from edgepack.compress._macs import macs
 from edgepack.compress._tokens import tokens_behind
 from edgepack.compress.quantize import Quantize
 from edgepack.compress.reorganize import Reorganize
 from edgepack.compressing import PassRun
-from edgepack.contracts import INTEGERS, Contender, Exporter, Graph, Pass, Runtime, Settings
+from edgepack.contracts import Contender, Graph, Runtime, Settings
 from edgepack.data import Arrays
 from edgepack.devices.host import Host
-from edgepack.graph import capture, nudged, run_graph
-from edgepack.parity import least_db
+from edgepack.graph import capture
+from edgepack.models.resolution import fit
 from edgepack.plan import Plan
 from edgepack.progress import Silent
 from edgepack.task import Input, Task
@@ -48,28 +52,14 @@ from edgepack.versions import versions
 ROOT = Path(__file__).resolve().parent.parent
 DEIT = {"DeiT-T": "deit_tiny", "DeiT-S": "deit_small", "DeiT-B": "deit_base"}
 RATES = (0.9, 0.8, 0.7, 0.6, 0.5)
-ENGINES = {"onnx": "onnxruntime", "openvino": "openvino", "tflite": "tflite"}
 FORMS: dict[str, dict[str, Any]] = {
     "float": {},
     "int8 static": {"activations": "static"},
     "int8 dynamic": {"activations": "dynamic"},
 }
-BEST = {"onnx": ("int8 static", "int8 dynamic"), "openvino": ("int8 static",), "tflite": ("int8 dynamic",)}
+LARGER = (240, 256, 272, 288)
 CALIBRATION = 8  # pictures; of random weights nothing better can be said
-CIFAR = {"scale": 255, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
-CIFAR_BATCH = 100
 PACKAGES = ("torch", "timm", "onnxruntime", "openvino", "ai-edge-litert")
-
-
-def cut(module: nn.Module, task: Task, rate: float) -> nn.Module:
-    """A copy of the network at a keep rate; at 1 just a copy."""
-    copied = copy.deepcopy(module)
-    return copied if rate == 1 else applied(Reorganize(keep_rate=rate), copied, task)[0]
-
-
-def applied(item: Pass, module: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
-    run = PassRun(ROOT / "build" / "work", 0, Plan(), Silent(), module, task)
-    return item.apply(module, task, run).eval(), run.plan
 
 
 def deit(name: str) -> nn.Module:
@@ -77,13 +67,13 @@ def deit(name: str) -> nn.Module:
     return models.load(f"timm:{name}_patch16_224", Path())
 
 
-def counts() -> Iterator[dict[str, Any]]:
+def counts(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Tokens behind each cut and multiply-accumulates, as counted while the network runs and by the formula."""
-    task = Task((Input("x", (1, 3, 224, 224)),))
+    task = one_picture(224)
     image = (torch.zeros(1, 3, 224, 224),)
-    for label, name in DEIT.items():
-        module = deit(name)
-        for rate in (1.0, *RATES):
+    for label in options.networks:
+        module = deit(DEIT[label])
+        for rate in options.rates:
             lengths = [197]
             for _ in range(3):
                 lengths.append(tokens_behind(lengths[-1], 1, rate, True))
@@ -92,6 +82,12 @@ def counts() -> Iterator[dict[str, Any]]:
                 "network": label, "keep_rate": rate, "tokens": lengths,
                 "macs": macs(cut(module, task, rate), image), "formula": formula(width, lengths),
             }  # fmt: skip
+
+
+def one_picture(side: int) -> Task:
+    item = Input("x", (1, 3, side, side))
+    pixels = np.random.default_rng(0).standard_normal((1, 3, side, side)).astype(np.float32)
+    return Task((item,), calibration=Arrays((item,), {"x": pixels}, None, True))
 
 
 def formula(width: int, lengths: Sequence[int]) -> int:
@@ -113,7 +109,7 @@ def prepare(options: argparse.Namespace) -> None:
                 made: tuple[Graph, Plan] | None = None
                 for engine in options.engines:
                     folder = place(options.work, engine, form, batch, rate)
-                    if (form != "float" and form not in BEST[engine]) or (folder / MANIFEST).exists():
+                    if (folder / MANIFEST).exists():
                         continue
                     began = time.perf_counter()
                     made = made or compressed(module, task, rate, form)
@@ -139,28 +135,6 @@ def place(work: Path, engine: str, form: str, batch: int, rate: float) -> Path:
     return work / f"deit-s {engine} {form} batch {batch} keep {rate:g}"
 
 
-def write(engine: str, graph: Graph, plan: Plan, task: Task, folder: Path) -> Artifact:
-    """One artifact, with golden answers that are compared before it is timed."""
-    exporter = parts.find(Exporter, engine)()
-    simulation = exporter.lower(graph, plan)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    census = exporter.write(simulation, folder)
-    inputs = task.samples(1)
-    inputs = {name: values.astype(np.float32) for name, values in inputs.items()}
-    answers = run_graph(simulation, inputs)
-    Golden(inputs, answers, answers).save(folder / GOLDEN)
-    parity = Parity("not run")
-    if simulation.dialect.startswith(INTEGERS):
-        parity = replace(parity, least_db=least_db(answers, run_graph(nudged(simulation), inputs)))
-    manifest = Manifest(
-        engine, folder.name, simulation.dialect, simulation.inputs, simulation.outputs, describe_files(folder),
-        parity=parity, census={"operators": dict(census.operators), "notes": list(census.notes)},
-    )  # fmt: skip
-    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    return Artifact.open(folder)
-
-
 def race(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One interleaved run: the uncut network of this form, then each keep rate."""
     runtime = parts.find(Runtime, ENGINES[options.engine])()
@@ -168,7 +142,7 @@ def race(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     settings = Settings(
         threads=options.threads, max_seconds=options.seconds, cold=False, half_width=0.012, instances=options.instances
     )
-    contenders = [Contender(f"{rate:g}", Artifact.open(folder), runtime) for rate, folder in folders.items()]
+    contenders = [Contender(f"{rate:g}", accepted(folder, runtime), runtime) for rate, folder in folders.items()]
     for rate, profile in zip(folders, Host().measure(contenders, settings), strict=True):
         ratio = profile.ratio
         if ratio is not None:
@@ -180,108 +154,54 @@ def race(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-class Told(nn.Module):
-    """A network that also says which candidates each of its cuts kept."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        places: list[Tensor] = []
-
-        def watch(cut: Cut, scores: Tensor, kept: Tensor | None) -> None:
-            assert kept is not None
-            places.append(kept)
-
-        cuts = cuts_of(self.module)
-        for one in cuts:
-            one.watch = watch
-        logits = self.module(x)
-        for one in cuts:
-            one.watch = None
-        return (logits, *places)
-
-
-def accuracy(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Top-1 of the trained ViT at each keep rate, and whether engines keep the tokens that PyTorch keeps."""
-    network = models.load("models.py:vit_cifar10", ROOT / "examples" / "zoo", options.data / "vit_cifar10.safetensors")
-    item = Input("x", (1, 3, 32, 32), **CIFAR)
-    with np.load(options.data / "cifar10_test.npz") as stored:
-        pixels, labels = stored["x"][: options.samples], stored["y"][: options.samples]
-    mean, std = (np.array(CIFAR[name], np.float32) for name in ("mean", "std"))
-    images = np.ascontiguousarray(((pixels / np.float32(255) - mean) / std).transpose(0, 3, 1, 2), np.float32)
-    task = Task((item,))
-    for rate in options.rates:
-        module = cut(network, task, rate)
-        graph = capture(Told(module).eval() if rate < 1 else module, task)
-        logits, *kept = answers(lambda x, graph=graph: run_graph(graph, {"x": x}), graph, images)
-        row: dict[str, Any] = {
-            "keep_rate": rate, "samples": len(labels), "top1": float((logits.argmax(1) == labels).mean()),
-            "macs": macs(module, (torch.zeros(1, 3, 32, 32),)), "engines": {},
-        }  # fmt: skip
-        for engine in options.engines:
-            row["engines"][engine] = beside(engine, graph, task, images, labels, logits, kept, options.work)
-        write_plain(options, module, task, rate)
-        sys.stdout.write(f"{row}\n")
-        sys.stdout.flush()
-        yield row
-
-
-def answers(call: Any, graph: Graph, images: Any, size: int = CIFAR_BATCH) -> list[Any]:
-    """All outputs for all images, in batches."""
-    rows = [call(images[start : start + size]) for start in range(0, len(images), size)]
-    return [np.concatenate([row[spec.name] for row in rows]) for spec in graph.outputs]
-
-
-def beside(
-    engine: str, graph: Graph, task: Task, images: Any, labels: Any, logits: Any, kept: Any, work: Path
-) -> dict[str, Any]:
-    """An engine's top-1, the images on which every cut kept PyTorch's tokens, and the logits on those."""
-    artifact = write(engine, graph, Plan(), task, work / "told")
-    session = parts.find(Runtime, ENGINES[engine])().load(artifact, 1)
-    size = CIFAR_BATCH if engine != "tflite" else 1
-    found, *places = answers(lambda x: session.run({"x": x}), graph, images, size)
-    session.close()
-    same = np.ones(len(labels), bool)
-    for theirs, ours in zip(places, kept, strict=True):
-        same &= (np.sort(theirs.astype(np.int64), 1) == np.sort(ours, 1)).all(1)
-    difference = np.abs(found[same] - logits[same]).max() / np.abs(logits).max()
-    return {"top1": float((found.argmax(1) == labels).mean()), "same_tokens": float(same.mean()),
-            "max_rel": float(difference)}  # fmt: skip
-
-
-def write_plain(options: argparse.Namespace, module: nn.Module, task: Task, rate: float) -> None:
-    """The ViT as it is, for its own race."""
-    for engine in options.engines:
-        write(engine, capture(module, task), Plan(), task, options.work / f"vit {engine} keep {rate:g}")
-
-
-def race_vit(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    runtime = parts.find(Runtime, ENGINES[options.engine])()
-    settings = Settings(max_seconds=options.seconds, cold=False, half_width=0.012, instances=options.instances)
-    contenders = [
-        Contender(f"{rate:g}", Artifact.open(options.work / f"vit {options.engine} keep {rate:g}"), runtime)
-        for rate in options.rates
-    ]
-    for profile in Host().measure(contenders, settings):
+def equal(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Keep rates at which DeiT-S on larger images costs what it costs uncut on its own."""
+    small = macs(deit("deit_small"), (torch.zeros(1, 3, 224, 224),))
+    for side in LARGER:
+        module, task = fit(deit("deit_small"), side, side), one_picture(side)
+        run = PassRun(options.work, 0, Plan(), Silent(), module, task)
+        Reorganize(cost_of=224).apply(module, task, run)
+        found = run.findings["tokens"]
+        tokens = list(dict.fromkeys(count for row in found["blocks"] for count in row["tokens"]))
         yield {
-            "engine": options.engine, "keep_rate": float(profile.label), "p50_ms": profile.latency_ms.p50,
-            "ratio": None if profile.ratio is None else asdict(profile.ratio), "state": profile.conditions["state"],
+            "side": side, "keep_rate": found["keep_rate"], "tokens": tokens, "small": small,
+            "uncut": found["macs"]["before"], "macs": found["macs"]["after"],
         }  # fmt: skip
 
 
+def clocked(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Times of operators of the uncut network and of one cut at the last of the rates; DeiT-S, then the ViT."""
+    engine, rate = options.engine, options.rates[-1]
+    pairs = {
+        "DeiT-S": [place(options.work, engine, "float", 1, one) for one in (1.0, rate)],
+        "ViT": [vit_place(options.work, engine, one) for one in (1.0, rate)],
+    }
+    for network, folders in pairs.items():
+        if all((folder / MANIFEST).exists() for folder in folders):
+            whole, fewer = (Artifact.open(folder) for folder in folders)
+            yield {
+                "network": network,
+                "keep_rate": rate,
+                **explain(engine, whole, fewer, options.runs, options.threads),
+            }
+
+
+PREPARE = {"prepare": prepare, "prepare_vit": prepare_vit}
 STAGES: dict[str, tuple[Any, tuple[str, ...]]] = {  # what makes the rows, and what tells one from another
-    "counts": (lambda options: counts(), ("network", "keep_rate")),
+    "counts": (counts, ("network", "keep_rate")),
     "race": (race, ("engine", "form", "batch", "threads", "keep_rate")),
     "accuracy": (accuracy, ("keep_rate",)),
     "race_vit": (race_vit, ("engine", "keep_rate")),
+    "tuned": (tuned, ("keep_rate", "epochs")),
+    "integer": (integer, ("keep_rate", "epochs", "engine")),
+    "equal": (equal, ("side",)),
+    "explain": (clocked, ("network", "engine", "keep_rate")),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("prepare", *STAGES, "document"))
+    parser.add_argument("stage", choices=(*PREPARE, *STAGES, "document"))
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "tokens", help="files that are timed")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=tuple(ENGINES))
@@ -294,12 +214,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60.0, help="at most, per race")
     parser.add_argument("--instances", type=int, default=4)
+    parser.add_argument("--networks", nargs="+", choices=DEIT, default=tuple(DEIT), help="that are counted")
+    parser.add_argument("--runs", type=int, default=30, help="of the engine's own clock")
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--samples", type=int, help="at most this many images, for trying things out")
     options = parser.parse_args()
     torch.set_num_threads(1)
     models.prepare_torchvision()
-    if options.stage == "prepare":
-        prepare(options)
+    if options.stage in PREPARE:
+        options.work.mkdir(parents=True, exist_ok=True)
+        PREPARE[options.stage](options)
         return
     rows, key = STAGES.get(options.stage, (lambda options: (), ()))
     facts = {"processor": Host().facts().get("processor", "unknown processor"), "versions": versions(*PACKAGES)}

@@ -112,13 +112,14 @@ def cuts_of(module: nn.Module) -> list[Cut]:
     return [cut for cut in found if isinstance(cut, Cut) and cut.keep_rate < 1]
 
 
-def set_progress(module: nn.Module, progress: float) -> None:
-    """Move every cut between keep rate 1 (``progress`` 0) and its own (1), along EViT's half cosine.
+def set_progress(module: nn.Module, progress: float, shrink: float = 1.0) -> None:
+    """Move every cut between keep rate 1 (``progress`` 0) and its own (``shrink``), along EViT's half cosine.
 
-    For the schedule of a training loop; at 0 the network is the original, bit for bit.
+    For the schedule of a training loop; at 0 the network is the original, bit for bit, unless ``shrink`` is 0.
     """
+    share = 1.0 if progress >= shrink else progress / shrink
     for cut in cuts_of(module):
-        cut.rate = _tokens.scheduled(cut.keep_rate, progress)
+        cut.rate = _tokens.scheduled(cut.keep_rate, share)
 
 
 @contextmanager

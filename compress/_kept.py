@@ -31,9 +31,10 @@ def findings(
     module: nn.Module, blocks: Sequence[Block], cuts: Sequence[Cut], lengths: Mapping[str, tuple[int, int]],
     task: Task, run: Run,
 ) -> dict[str, Any]:  # fmt: skip
-    """Per block the share of attention that the keep rate would hold, and pictures of what is kept.
+    """Per block the share of attention that its keep rate would hold, and pictures of what is kept.
 
-    On calibration data; on the task's own samples (random where it has none) without pictures.
+    Blocks that are not cut are looked at with the smallest keep rate. On calibration data; on the task's own samples
+    (random where it has none) without pictures.
     """
     inputs, raw = _samples(task)
     run.progress("looking at attention")
@@ -43,10 +44,12 @@ def findings(
         del block.layer.forward
         block.layer.__dict__.update({} if before[block.path] is None else {"forward": before[block.path]})
     seen = _watched(module, cuts, inputs)
+    rate = dict.fromkeys((block.path for block in blocks), min(cut.keep_rate for cut in cuts))
+    rate |= {cut.path: cut.keep_rate for cut in cuts}
     rows = [
         {
             "block": block.path, "index": block.index, "branch": block.branch, "cut": block.path in seen,
-            "tokens": list(lengths[block.path]), "attentiveness": _held(uncut[block.path][0], cuts[0].keep_rate),
+            "tokens": list(lengths[block.path]), "attentiveness": _held(uncut[block.path][0], rate[block.path]),
         }
         for block in blocks
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,6 @@ from edgepack.graph import flatten
 from edgepack.tracing import example_inputs
 
 if TYPE_CHECKING:
-    from edgepack.compress.reorganize import Reorganize
     from edgepack.contracts import Run
     from edgepack.metrics import Metric
     from edgepack.task import Task
@@ -26,26 +26,39 @@ COARSE = FINE[::5]  # what is measured takes time
 BATCH = 50
 
 
-def solve(options: Reorganize, module: nn.Module, cuts: Sequence[Cut], task: Task, run: Run, before: int) -> None:
-    """Give every cut the keep rate that meets the budget.
+@dataclass(frozen=True)
+class Budget:
+    """What is to be met.
 
-    Args:
+    Attributes:
+        name: the option of the pass.
         before: multiply-accumulates of the network without cuts.
+    """
+
+    name: str
+    limit: float
+    before: int
+
+
+def solve(budget: Budget, module: nn.Module, cuts: Sequence[Cut], task: Task, run: Run) -> None:
+    """Give every cut the keep rate that meets the budget.
 
     Raises:
         BudgetError: no keep rate meets it; says how near the nearest comes.
     """
-    name, limit = str(options.budget), float(getattr(options, str(options.budget)))
+    name, limit = budget.name, budget.limit
+    if name == "cost_of":
+        name = "macs_ratio"
     if name == "score_drop":
         rate, value = _smallest(COARSE, _drop(module, cuts, task, run), limit)
     elif name == "macs_ratio":
         one = example_inputs(task.specs, batch=1)
-        rate, value = _largest(name, FINE, _at(cuts, lambda: macs(module, one) / before), limit)
+        rate, value = _largest(name, FINE, _at(cuts, lambda: macs(module, one) / budget.before), limit)
     else:
         rate, value = _largest(name, COARSE, _at(cuts, lambda: _measured(module, run)), limit)
     for cut in cuts:
         cut.keep_rate = cut.rate = rate
-    run.note(f"{name} {limit:g} gives keep rate {rate:g} ({name} {value:.3f} there)")
+    run.note(f"{name} {limit:.4g} gives keep rate {rate:g} ({name} {value:.3f} there)")
 
 
 def _at(cuts: Sequence[Cut], value: Callable[[], float]) -> Callable[[float], float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 
 from edgepack import usercode
 from edgepack.compress._attention import FAMILIES, Adapter
-from edgepack.compress._cuts import Block, Cut, survey
+from edgepack.compress._cuts import Block, Cut, set_progress, survey
 from edgepack.compress._kept import findings
 from edgepack.compress._macs import macs
-from edgepack.compress._rates import solve
+from edgepack.compress._rates import Budget, solve
 from edgepack.compress._tokens import tokens_behind
+from edgepack.compress._tune import Hold, tune
 from edgepack.errors import InputError, Unsupported
 from edgepack.graph import flatten
+from edgepack.models.resolution import fit
 from edgepack.tracing import example_inputs
 
 if TYPE_CHECKING:
@@ -49,12 +52,14 @@ class Reorganizing:
         chosen = self._chosen(blocks)
         one = example_inputs(self.task.specs, batch=1)
         before = shapes(module, one), macs(module, one)
-        cuts = [block.cut(self.options.rate, self.options.fuse) for block in chosen]
+        limit = self._limit(module, before[1])
+        cuts = [block.cut(self.options.rate_at(block.index), self.options.fuse) for block in chosen]
         for cut in (*cuts, *(block.cut(1.0, False) for block in _behind(blocks, chosen))):
             cut.put()
         self._try(module, before[0], one)
         if self.options.budget is not None:
-            solve(self.options, module, cuts, self.task, self.run_, before[1])
+            solve(Budget(self.options.budget, limit, before[1]), module, cuts, self.task, self.run_)
+        self._tune(module)
         self._say(module, blocks, cuts, before[1], macs(module, one))
         return module
 
@@ -95,6 +100,33 @@ class Reorganizing:
                 )
         return chosen
 
+    def _tune(self, module: nn.Module) -> None:
+        """Train while the keep rates fall and afterwards; without settings they are what they are to be."""
+        shrink = self.options.shrink
+        hold = Hold(schedule=[lambda progress: set_progress(module, progress, shrink)], settled=shrink)
+        tune(module, self.task, self.run_, self.options.tune, hold)
+        if self.options.tune is not None and shrink > 0:
+            self.run_.note("tune: the score before is the uncut network's, from which the keep rate falls")
+
+    def _limit(self, module: nn.Module, before: int) -> float:
+        """What the budget allows; ``before`` are the multiply-accumulates of the network without cuts."""
+        height = self.options.cost_of
+        if height is None:
+            return 0.0 if self.options.budget is None else float(getattr(self.options, self.options.budget))
+        spec = self.task.specs[0]
+        if len(self.task.specs) > 1 or len(spec.shape) != 4:
+            raise InputError("reorganize: cost_of is for networks of one image")
+        channels, own, width = (int(axis) for axis in spec.shape[1:])
+        if height >= own:
+            raise InputError(
+                f"reorganize: cost_of is the height of smaller images than the task's {own} × {width}, not {height}",
+                "give the task larger images, and interpolate = true in [model]",
+            )
+        small = height, round(width * height / own)
+        cost = macs(fit(copy.deepcopy(module), *small), [torch.zeros(1, channels, *small)])
+        self.run_.note(f"uncut on images of {small[0]} × {small[1]}: {cost / 1e9:.3f} G multiply-accumulates")
+        return cost / before
+
     def _try(self, module: nn.Module, expected: list[tuple[int, ...]], inputs: Sequence[Tensor]) -> None:
         """Raises Unsupported where the network needs the tokens that went."""
         try:
@@ -125,13 +157,15 @@ class Reorganizing:
             counts = dict.fromkeys(tokens for block in own for tokens in lengths[block.path])
             places = ", ".join(str(block.index) for block in own if block.path in {cut.path for cut in cuts})
             self.run_.note(f"tokens {' → '.join(map(str, counts))}, behind the attention of blocks {places}")
+        rates = list(dict.fromkeys(cut.keep_rate for cut in cuts))
+        said = ", ".join(f"{rate:g}" for rate in rates)
         self.run_.note(
-            f"keep rate {cuts[0].keep_rate:g}: {after / 1e9:.3f} G multiply-accumulates, {after / before:.3f} × the "
+            f"keep rate {said}: {after / 1e9:.3f} G multiply-accumulates, {after / before:.3f} × the "
             f"{before / 1e9:.3f} G before"
         )
         found = findings(module, blocks, cuts, lengths, self.task, self.run_)
         self.run_.record("tokens", {
-            "method": method, "keep_rate": cuts[0].keep_rate, "fuse": self.options.fuse,
+            "method": method, "keep_rate": rates[0] if len(rates) == 1 else rates, "fuse": self.options.fuse,
             "macs": {"before": before, "after": after}, **found,
         })  # fmt: skip
 

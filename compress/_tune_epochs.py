@@ -106,6 +106,7 @@ class Epochs:
         self.state.seconds += time.perf_counter() - began
         row = {"epoch": self.state.epochs, "loss": total / done, "steps": done,
                "seconds": round(time.perf_counter() - began, 2)}  # fmt: skip
+        self._advance((number + 1) / self.settings.epochs)
         if self.judge is not None:
             row["choice"] = self.judge.choice()
             if number + 1 >= self.training.hold.settled * self.settings.epochs:
@@ -117,9 +118,7 @@ class Epochs:
     def _step(self, number: int, parts: list[Samples]) -> float:
         """One step on samples of one size or several; the loss before it."""
         steps = self.settings.epochs * self.feed.steps
-        with torch.no_grad():
-            for advance in self.training.hold.schedule:
-                advance(number / steps)
+        self._advance(number / steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate_at(number, steps, self.settings)
         self.optimizer.zero_grad()
@@ -138,6 +137,11 @@ class Epochs:
             for project in self.training.hold.project:
                 project()
         return total
+
+    def _advance(self, progress: float) -> None:
+        with torch.no_grad():
+            for advance in self.training.hold.schedule:
+                advance(progress)
 
     def _choose(self, row: dict[str, Any]) -> None:
         if self.state.best_score is None or row["choice"] >= self.state.best_score:

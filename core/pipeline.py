@@ -230,7 +230,18 @@ def load_model(recipe: Recipe) -> nn.Module:
     from edgepack.models import load
 
     model = recipe.sheet.model
-    return load(model.module, recipe.folder, model.weights, model.options)
+    module = load(model.module, recipe.folder, model.weights, model.options)
+    return _fitted(module, recipe) if model.interpolate else module
+
+
+def _fitted(module: nn.Module, recipe: Recipe) -> nn.Module:
+    from edgepack.models.resolution import fit
+    from edgepack.task import Input
+
+    inputs = [Input(name, **item.model_dump()) for name, item in recipe.sheet.task.interfaces.items()]
+    if len(inputs) != 1 or inputs[0].layout != "NCHW":
+        raise InputError("model.interpolate: the task has not one image as its input", "leave interpolate out")
+    return fit(module, *inputs[0].shape[2:])
 
 
 def task_of(recipe: Recipe) -> Task:

@@ -273,6 +273,8 @@ def _tokens(compressed: Values | None) -> dict[str, Any] | None:
     if found is None:
         return None
     rows = [{**row, "to": place(row["attentiveness"], 0, 1)} for row in found["blocks"]]
+    if isinstance(found["keep_rate"], list):  # one for each cut
+        found = {**found, "keep_rate": ", ".join(map(str, found["keep_rate"]))}
     return {**found, "rows": rows, "axis": _axis([0.0, 0.25, 0.5, 0.75, 1.0])}
 
 

@@ -27,6 +27,8 @@ class Model(Section):
                         "transformers:NAME, a .pt2 or an .onnx")  # fmt: skip
     weights: str | None = Field(default=None, description="safetensors, or a .pt/.pth that holds tensors only")
     options: Table = Field(default_factory=dict, description="keyword arguments of the callable")
+    interpolate: bool = Field(default=False, description="fit the position embeddings of a vision transformer to the "
+                              "task's image size")  # fmt: skip
 
 
 class DataSection(Section):

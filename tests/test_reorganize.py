@@ -159,6 +159,20 @@ def test_blocks_notes_and_findings(tmp_path: Path) -> None:
     assert dark[:, :96].mean() > dark[:, 100:196].mean() > dark[:, 200:].mean()
 
 
+def test_each_block_may_have_its_own_keep_rate(tmp_path: Path) -> None:
+    network = vit()
+    found, run = apply(network, tmp_path, blocks=(3, 1), keep_rates=(0.25, 0.5))
+    assert lengths(run) == [[65, 65], [65, 34], [34, 34], [34, 11]]
+    assert run.findings["tokens"]["keep_rate"] == [0.5, 0.25]
+    assert any(note.startswith("keep rate 0.5, 0.25: ") for note in run.notes)
+    with torch.no_grad(), rates(found, 1.0):
+        assert torch.equal(found(images()), network(images()))
+    same, _ = apply(network, tmp_path, keep_rates=(0.5, 0.5, 0.5), blocks=(1, 2, 3))
+    one, _ = apply(network, tmp_path, keep_rate=0.5)
+    with torch.no_grad():
+        assert torch.equal(same(images()), one(images()))
+
+
 def test_pictures_follow_patches_through_the_cuts() -> None:
     first, second = origins(4, [[3, 0], [2, 1]])  # the second keeps the fused token (place 2) and patch 0
     assert first.tolist() == [True, False, False, True]

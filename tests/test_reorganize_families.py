@@ -152,7 +152,11 @@ def test_refused_in_words(
     [
         ({"keep_rate": 0.0}, "keep_rate is above 0 and at most 1, not 0.0"),
         ({"keep_rate": 1.01}, "keep_rate is above 0 and at most 1, not 1.01"),
-        ({"keep_rate": 0.5, "macs_ratio": 0.5}, "give one of keep_rate, latency_ratio"),
+        ({"keep_rate": 0.5, "macs_ratio": 0.5}, "give one of keep_rate, keep_rates, latency_ratio"),
+        ({"keep_rates": (0.5,), "blocks": (1,), "cost_of": 32}, "not keep_rates and cost_of"),
+        ({"keep_rates": (0.5, 0.7), "blocks": (1,)}, "keep_rates are one for each of blocks: 2 for [1] do not fit"),
+        ({"keep_rates": (0.5, 0.7), "blocks": (1, 1)}, "keep_rates are one for each of blocks: 2 for [1, 1] do not"),
+        ({"keep_rates": (0.5, 0.0), "blocks": (1, 2)}, "keep_rates is above 0 and at most 1, not 0.0"),
         ({"latency_ratio": 1.5}, "latency_ratio is above 0 and at most 1"),
         ({"score_drop": -0.1}, "score_drop is at least 0"),
         ({"blocks": (-1,)}, "counted from 0, not (-1,)"),

@@ -152,7 +152,7 @@ def run_once(
 def test_what_is_done_is_not_done_again_unless_something_changed(tmp_path: Path) -> None:
     settings = Tune(epochs=2, batch=16, held_out=0)
     first, _, told = run_once(tmp_path, settings)
-    assert len(told) == 1 + 2 * 4 + 1
+    assert len(told) == 1 + 2 * (4 + 1) + 1
     again, run, told = run_once(tmp_path, settings)
     assert told == [0.0, 1.0]
     assert not any("begun anew" in note for note in run.notes)
@@ -165,7 +165,7 @@ def test_what_is_done_is_not_done_again_unless_something_changed(tmp_path: Path)
     ):
         _, run, told = run_once(tmp_path, **{"settings": settings, **change})
         assert any("begun anew" in note for note in run.notes)
-        assert len(told) == 1 + 2 * 4 + 1, change
+        assert len(told) == 1 + 2 * (4 + 1) + 1, change
         run_once(tmp_path, settings)
 
 
