@@ -16,7 +16,7 @@ from edgepack.artifact import Artifact
 from edgepack.contracts import Runtime
 from edgepack.samples import has_dynamic_batch
 
-ENGINES = {"onnx": "onnxruntime", "openvino": "openvino", "tflite": "tflite", "coreml": "coreml"}
+ENGINES = {"onnx": "onnxruntime", "openvino": "openvino", "tflite": "tflite", "coreml": "coreml", "c": "c"}
 
 
 def encoded(artifact: Artifact, images: Array) -> Array:

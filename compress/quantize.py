@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from edgepack.compress._tune import Tune
 from edgepack.contracts import Pass, Run
-from edgepack.errors import InputError, Unsupported, nearest
+from edgepack.errors import InputError, Unsupported, nearest, require
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,6 +18,7 @@ CALIBRATIONS = ("minmax", "percentile", "mse", "entropy")
 ACTIVATIONS = ("static", "dynamic", "auto")
 TARGETS = ("avx2",)
 ROUNDINGS = ("nearest", "gptq")
+METHODS = ("ptq", "qat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,13 @@ class Quantize(Pass):
         weight_bits: instead of ``bits``: of weights; 8 or 4. With 4, layers that read an input of the network keep 8:
             they hold few weights, and all else depends on them.
         activation_bits: with ``weight_bits``: of activations; 8, or left out to leave them float: files of a quarter
-            of the size that compute in float.
+            of the size that compute in float. 4, beside 4-bit weights: what layers with such weights multiply has 16
+            levels; layers that read an input of the network or give its output keep 8 bits, and so does what no
+            layer multiplies. In ONNX, OpenVINO and C.
+        method: ``ptq``: after training, from calibration data alone. ``qat``: the network is then trained further with
+            all of this rounding, and learns weights, biases, steps and ranges. Needs the extra ``qat``.
+        tune: of ``qat``: how to train. Without it: 5 epochs with AdamW, which suits learned steps, following the
+            original.
         activations: ``static``: ranges are fixed now, from ``task.calibration``. ``dynamic``: linear layers find the
             range of what they read, over the whole batch, when they run; convolutions compute in float where the
             engine would be slow otherwise. ``auto``: each export writes both, where its format has both, and keeps the
@@ -47,6 +55,7 @@ class Quantize(Pass):
             one size where that leaves the network the same.
         bias_correct: take the mean error of each output channel out of its bias.
         explain: find out per layer what rounding costs and why, and try remedies, on a few samples; for the report.
+            With ``qat``: of the network before it is trained further.
         target: ``avx2``: for x86 processors without VNNI too, where 8-bit products saturate: layers that do on the
             calibration data get 7-bit weights. None: nothing is done for them.
         leave: names of layers to leave in float, with ``*`` and ``?``; a name also covers what is inside it.
@@ -57,6 +66,8 @@ class Quantize(Pass):
     bits: int | None = None
     weight_bits: int | None = None
     activation_bits: int | None = None
+    method: str = "ptq"
+    tune: Tune | None = None
     activations: str = "static"
     calibrate: str = "mse"
     rounding: str = "gptq"
@@ -68,6 +79,7 @@ class Quantize(Pass):
 
     def __post_init__(self) -> None:
         self._check_bits()
+        self._check_method()
         if self.activations not in ACTIVATIONS:
             raise ValueError(f"activations is one of {', '.join(ACTIVATIONS)}, not {self.activations!r}")
         if self.form == "float" and self.activations != "static":
@@ -91,7 +103,7 @@ class Quantize(Pass):
 
     def _check_bits(self) -> None:
         for name in ("bits", "weight_bits", "activation_bits"):
-            allowed = (4, 8) if name == "weight_bits" else (8,)
+            allowed = (8,) if name == "bits" else (4, 8)
             if getattr(self, name) not in (None, *allowed):
                 said = " or ".join(map(str, allowed))
                 raise ValueError(f"{name} is {said}, not {getattr(self, name)!r}")
@@ -99,6 +111,24 @@ class Quantize(Pass):
             raise ValueError("bits is for weights and activations; give it, or weight_bits with activation_bits")
         if self.activation_bits is not None and self.weight_bits is None:
             raise ValueError("activation_bits needs weight_bits")
+        if self.activation_bits == 4 and (self.weight_bits != 4 or self.activations != "static"):
+            raise ValueError("activation_bits = 4 is for weight_bits = 4 and activations = 'static'")
+
+    def _check_method(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method is one of {', '.join(METHODS)}, not {self.method!r}")
+        if self.method == "ptq" and self.tune is not None:
+            raise ValueError("tune says how to train: method = 'qat'")
+        if self.method == "qat" and self.form != "static":
+            raise ValueError("method = 'qat' learns fixed ranges: it needs activation_bits with weight_bits, and "
+                             "activations = 'static'")  # fmt: skip
+        if self.method == "qat" and self.target is not None:
+            raise ValueError(f"target = {self.target!r} is for method = 'ptq'")
+
+    @property
+    def training(self) -> Tune:
+        """How ``qat`` trains."""
+        return self.tune or Tune(optimizer="adamw")
 
     @property
     def stored_bits(self) -> int:
@@ -111,9 +141,13 @@ class Quantize(Pass):
         return "float" if self.weight_bits is not None and self.activation_bits is None else self.activations
 
     def check(self, module: nn.Module, task: Task) -> None:
-        """Refuse a task without calibration data, and a name in ``leave`` that no layer has."""
+        """Refuse a task without the data it takes, and a name in ``leave`` that no layer has."""
         from edgepack.compress._graph import named
+        from edgepack.compress._tune_feed import training_data
 
+        if self.method == "qat":
+            require("brevitas.core.quant", "qat")
+            training_data(task)
         if task.calibration is None:
             raise InputError("quantize: the task has no calibration data", "add calibration = {data = …} to [task]")
         if len(task.calibration) == 0:

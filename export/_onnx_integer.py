@@ -60,6 +60,7 @@ ONNX_RUNTIME = Dialect(
     every_output=CONVOLUTIONS,
     split=SILU,
     slow=_slow,
+    narrow=True,
     twins=True,  # see _slow: the sums behind a float one have channels first
     both=NORMS,
     float_bias=frozenset({"matmul"}),  # an int32 one would be made float in every run

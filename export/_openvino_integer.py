@@ -22,6 +22,7 @@ OPENVINO = Dialect(
     both=NORMS,
     float_bias=CONVOLUTIONS | PRODUCTS,
     slow=lambda node: skip_sum(node) is not None,
+    narrow=True,
 )
 KINDS = {"conv": ("Convolution", "GroupConvolution"), "linear": ("MatMul",)}
 RUN = {"conv": ("Convolution",), "linear": ("FullyConnected", "MatMul")}

@@ -1,0 +1,193 @@
+"""Quantization-aware training: a captured network with brevitas' quantizers in it, trained, and read again.
+
+::
+
+    conv(x, w) → relu      becomes      conv(x, rounded(w)) → relu → rounded
+
+Training starts from the grids and weights that quantization after training found. Weights are rounded as they will be
+stored: batch norms are folded before the network is captured. Rounding passes gradients on inside its range (the
+straight-through estimate) and gives each step the gradient of the rounding error it makes, after S. Esser et al.,
+"Learned step size quantization" (arXiv:1902.08153). Steps are learned as logarithms, so that one learning rate suits
+all sizes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from edgepack.compress._activations import BITS, Range, grid, origin, rounded
+from edgepack.compress._tune import Tune, tune
+from edgepack.errors import require
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from edgepack.contracts import Graph, Run
+    from edgepack.task import Task
+
+PARTS = ("bit_width", "function_wrapper", "quant", "restrict_val", "scaling", "zero_point")  # of brevitas.core
+PLACE = "learned_rounding"  # of the quantizers in the trained module
+
+
+class Rounding(nn.Module):
+    """One quantizer of brevitas, with a learned step.
+
+    Attributes:
+        quantizer: value → value on the grid, step, zero point, bits.
+    """
+
+    def __init__(self, quantizer: nn.Module) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, value: Tensor) -> Tensor:
+        found: Tensor = self.quantizer(value)[0]
+        return found
+
+    def grid(self, value: Tensor) -> tuple[Tensor, int]:
+        """The learned step (or steps, one per output channel) and zero point."""
+        with torch.no_grad():
+            _, step, zero, _ = self.quantizer(value)
+        return step.detach(), round(float(zero))
+
+
+def weight_rounding(scale: Tensor, axes: int, bits: int) -> Rounding:
+    """Symmetric integers, one step per output channel (axis 0) of a weight of so many axes."""
+    return Rounding(_quantizer(scale.detach().float().view(-1, *[1] * (axes - 1)), bits, weight=True))
+
+
+def activation_rounding(around: Range, bits: int) -> Rounding:
+    """Integers from 0, one step; the zero point is learned too, unless nothing is negative."""
+    step, zero, _, _ = grid(*around, bits)
+    return Rounding(_quantizer(torch.tensor(step), bits, weight=False, offset=zero * step))
+
+
+def _quantizer(step: Tensor, bits: int, weight: bool, offset: float = 0.0) -> nn.Module:
+    core: Any = {name: require(f"brevitas.core.{name}", "qat") for name in PARTS}
+    integers = core["quant"].IntQuant(
+        narrow_range=weight, signed=weight, input_view_impl=core["function_wrapper"].Identity()
+    )
+    largest = (1 << (bits - weight)) - 1
+    scaling = core["scaling"].ParameterScaling(
+        step * largest, tuple(step.shape) or None, core["restrict_val"].LogFloatRestrictValue()
+    )
+    zero = core["zero_point"].ZeroZeroPoint()
+    if offset:
+        zero = core["zero_point"].ParameterZeroPoint(offset, integers, quantize_zero_point=True)
+    ends = core["scaling"].IntScaling(signed=weight, narrow_range=weight)
+    made: nn.Module = core["quant"].RescalingIntQuant(
+        integers, scaling, ends, zero, core["bit_width"].BitWidthConst(bits)
+    )
+    return made
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What is trained: a captured network on grids.
+
+    Attributes:
+        names: node → its name in the plan, where they differ.
+        ranges: of activations, by name in the plan; the learned ones afterwards.
+        scales: of weights, by node; the learned ones afterwards.
+        bits: of weights, by node.
+        few: bits of activations, by node, where they are not 8.
+    """
+
+    graph: Graph
+    names: Mapping[str, str]
+    ranges: MutableMapping[str, Range]
+    scales: MutableMapping[str, Tensor]
+    bits: Mapping[str, int]
+    few: Mapping[str, int]
+
+    def train(self, tensors: Mapping[str, Tensor], task: Task, run: Run, settings: Tune) -> set[str]:
+        """Train, and put what was learned into ``ranges``, ``scales`` and ``tensors``; which ranges were learned.
+
+        Args:
+            tensors: placeholder of the captured program → the network's own parameter.
+        """
+        module = self.build()
+        tune(module, task, run, settings)
+        return self.read(module, tensors)
+
+    def build(self) -> fx.GraphModule:
+        """The captured network with parameters of its own and quantizers, to be trained."""
+        module = copy.deepcopy(self._module())
+        module.requires_grad_(True)
+        setattr(module, PLACE, nn.ModuleDict())
+        nodes = list(module.graph.nodes)
+        learned = {node for node in nodes if self._learns(node)}
+        sources = {node.args[1] for node in nodes if node.name in self.scales}
+        for node in nodes:
+            if node in learned:
+                around, bits = self.ranges[self._name(node)], self.few.get(node.name, BITS)
+                _insert(module, node, f"{node.name}/value", activation_rounding(around, bits))
+            elif node in sources:
+                reader = next(user for user in node.users if user.name in self.scales)
+                axes = module.get_parameter(str(node.target)).dim()
+                made = weight_rounding(self.scales[reader.name], axes, self.bits[reader.name])
+                _insert(module, node, _key(node), made)
+        module.recompile()
+        return module.eval()
+
+    def read(self, module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> set[str]:
+        """Weights on their learned grids, biases, scales and ranges of a trained module; names of the ranges."""
+        nodes = list(self._module().graph.nodes)
+        made = {node: self._range(module, node) for node in nodes if self._learns(node)}
+        learned = {self._name(node): made[origin(node)] for node in nodes if origin(node) in made}
+        self.ranges.update({name: pair for name, pair in learned.items() if name in self.ranges})
+        self._read_weights(module, nodes, tensors)
+        return set(learned)
+
+    def _read_weights(self, module: fx.GraphModule, nodes: Sequence[fx.Node], tensors: Mapping[str, Tensor]) -> None:
+        names = {name: key for key, name in self.graph.program.graph_signature.inputs_to_parameters.items()}
+        with torch.no_grad():
+            for name, placeholder in names.items():
+                tensors[placeholder].copy_(module.get_parameter(name))
+            for source in {node.args[1]: None for node in nodes if node.name in self.scales}:
+                made, weight = _at(module, _key(source)), tensors[names[str(source.target)]]
+                found = made.grid(weight)[0].flatten()
+                self.scales.update({user.name: found for user in source.users if user.name in self.scales})
+                weight.copy_(made(weight))
+
+    def _module(self) -> fx.GraphModule:
+        module = self.graph.program.module(check_guards=False)
+        assert isinstance(module, fx.GraphModule)
+        return module
+
+    def _name(self, node: fx.Node) -> str:
+        return self.names.get(node.name, node.name)
+
+    def _learns(self, node: fx.Node) -> bool:
+        """Whether a value is rounded where it is made; what only rearranges it keeps its grid."""
+        return self._name(node) in self.ranges and origin(node) is node and rounded(node)
+
+    def _range(self, module: fx.GraphModule, node: fx.Node) -> Range:
+        step, zero = _at(module, f"{node.name}/value").grid(torch.zeros(1))
+        largest = (1 << self.few.get(node.name, BITS)) - 1
+        return -zero * float(step), (largest - zero) * float(step)
+
+
+def _insert(module: fx.GraphModule, node: fx.Node, key: str, made: Rounding) -> None:
+    """Round a value for all that read it."""
+    getattr(module, PLACE)[key] = made
+    with module.graph.inserting_after(node):
+        rounding = module.graph.call_module(f"{PLACE}.{key}", (node,))
+    node.replace_all_uses_with(rounding, lambda user: user is not rounding)
+
+
+def _key(source: fx.Node) -> str:
+    """Of a weight."""
+    return str(source.target).replace(".", "/")
+
+
+def _at(module: fx.GraphModule, key: str) -> Rounding:
+    found = getattr(module, PLACE)[key]
+    assert isinstance(found, Rounding)
+    return found
