@@ -49,7 +49,7 @@ KINDS: dict[str, dict[str, int]] = {
     "W8A8": {"weight_bits": 8, "activation_bits": 8},
 }
 METHODS = ("ptq", "qat")
-EPOCHS = {"W4A4": 4, "W4A8": 1, "W8A8": 1}
+EPOCHS = {"W4A4": 2, "W4A8": 1, "W8A8": 1}
 TRAINING = {"data": "cifar10_train20k.npz"}
 STORED = RESULTS / "qat.json"
 DOCUMENT = ROOT / "docs" / "qat.md"

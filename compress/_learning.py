@@ -7,8 +7,11 @@
 Training starts from the grids and weights that quantization after training found. Weights are rounded as they will be
 stored: batch norms are folded before the network is captured. Rounding passes gradients on inside its range (the
 straight-through estimate) and gives each step the gradient of the rounding error it makes, after S. Esser et al.,
-"Learned step size quantization" (arXiv:1902.08153). Steps are learned as logarithms, so that one learning rate suits
-all sizes.
+"Learned step size quantization" (arXiv:1902.08153).
+
+One learning rate has to suit everything. A folded weight has taken up the scale of its batch norm, which differs by
+orders of magnitude between channels; so weights are trained in units of the range of their channel, biases in units of
+the range of the layer's result, and steps as logarithms.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from edgepack.compress._activations import BITS, Range, grid, origin, rounded
+from edgepack.compress._graph import argument
+from edgepack.compress._grid import top
 from edgepack.compress._tune import Tune, tune
 from edgepack.errors import require
 
@@ -33,6 +38,19 @@ if TYPE_CHECKING:
 
 PARTS = ("bit_width", "function_wrapper", "quant", "restrict_val", "scaling", "zero_point")  # of brevitas.core
 PLACE = "learned_rounding"  # of the quantizers in the trained module
+
+
+class Unit(nn.Module):
+    """What a parameter is trained in: it is the parameter of the network over ``unit``."""
+
+    unit: Tensor
+
+    def __init__(self, unit: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("unit", unit)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value * self.unit
 
 
 class Rounding(nn.Module):
@@ -50,22 +68,27 @@ class Rounding(nn.Module):
         found: Tensor = self.quantizer(value)[0]
         return found
 
-    def grid(self, value: Tensor) -> tuple[Tensor, int]:
+    def grid(self) -> tuple[Tensor, int]:
         """The learned step (or steps, one per output channel) and zero point."""
         with torch.no_grad():
-            _, step, zero, _ = self.quantizer(value)
+            _, step, zero, _ = self.quantizer(torch.zeros(1))
         return step.detach(), round(float(zero))
 
 
 def weight_rounding(scale: Tensor, axes: int, bits: int) -> Rounding:
     """Symmetric integers, one step per output channel (axis 0) of a weight of so many axes."""
-    return Rounding(_quantizer(scale.detach().float().view(-1, *[1] * (axes - 1)), bits, weight=True))
+    return Rounding(_quantizer(_rows(scale, axes), bits, weight=True))
 
 
 def activation_rounding(around: Range, bits: int) -> Rounding:
-    """Integers from 0, one step; the zero point is learned too, unless nothing is negative."""
+    """Integers from 0, one step; where something is negative, the lower end stays and the upper one is learned."""
     step, zero, _, _ = grid(*around, bits)
     return Rounding(_quantizer(torch.tensor(step), bits, weight=False, offset=zero * step))
+
+
+def _rows(scale: Tensor, axes: int) -> Tensor:
+    """One value per output channel, in a form that multiplies a weight."""
+    return scale.detach().float().view(-1, *[1] * (axes - 1))
 
 
 def _quantizer(step: Tensor, bits: int, weight: bool, offset: float = 0.0) -> nn.Module:
@@ -80,6 +103,7 @@ def _quantizer(step: Tensor, bits: int, weight: bool, offset: float = 0.0) -> nn
     zero = core["zero_point"].ZeroZeroPoint()
     if offset:
         zero = core["zero_point"].ParameterZeroPoint(offset, integers, quantize_zero_point=True)
+        zero.requires_grad_(False)
     ends = core["scaling"].IntScaling(signed=weight, narrow_range=weight)
     made: nn.Module = core["quant"].RescalingIntQuant(
         integers, scaling, ends, zero, core["bit_width"].BitWidthConst(bits)
@@ -123,18 +147,31 @@ class Learning:
         setattr(module, PLACE, nn.ModuleDict())
         nodes = list(module.graph.nodes)
         learned = {node for node in nodes if self._learns(node)}
-        sources = {node.args[1] for node in nodes if node.name in self.scales}
+        readers = {node.args[1]: node for node in nodes if node.name in self.scales}
+        biases = {argument(node, "bias"): node for node in readers.values()}
         for node in nodes:
             if node in learned:
                 around, bits = self.ranges[self._name(node)], self.few.get(node.name, BITS)
                 _insert(module, node, f"{node.name}/value", activation_rounding(around, bits))
-            elif node in sources:
-                reader = next(user for user in node.users if user.name in self.scales)
-                axes = module.get_parameter(str(node.target)).dim()
-                made = weight_rounding(self.scales[reader.name], axes, self.bits[reader.name])
-                _insert(module, node, _key(node), made)
+            elif node in readers:
+                self._insert_weight(module, node, readers[node])
+            elif node in biases:
+                low, high = self.ranges.get(self._name(biases[node]), (0.0, 1.0))
+                self._insert_unit(module, node, torch.tensor(high - low or 1.0))
         module.recompile()
         return module.eval()
+
+    def _insert_weight(self, module: fx.GraphModule, node: fx.Node, reader: fx.Node) -> None:
+        scale, bits = self.scales[reader.name], self.bits[reader.name]
+        axes = module.get_parameter(str(node.target)).dim()
+        _insert(module, node, f"{_key(node)}/value", weight_rounding(scale, axes, bits))
+        self._insert_unit(module, node, _rows(scale, axes) * top(bits))  # before the rounding
+
+    def _insert_unit(self, module: fx.GraphModule, node: fx.Node, unit: Tensor) -> None:
+        """Train a parameter in a unit of its own."""
+        with torch.no_grad():
+            module.get_parameter(str(node.target)).div_(unit)
+        _insert(module, node, f"{_key(node)}/unit", Unit(unit))
 
     def read(self, module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> set[str]:
         """Weights on their learned grids, biases, scales and ranges of a trained module; names of the ranges."""
@@ -147,14 +184,16 @@ class Learning:
 
     def _read_weights(self, module: fx.GraphModule, nodes: Sequence[fx.Node], tensors: Mapping[str, Tensor]) -> None:
         names = {name: key for key, name in self.graph.program.graph_signature.inputs_to_parameters.items()}
+        made = getattr(module, PLACE)
         with torch.no_grad():
             for name, placeholder in names.items():
-                tensors[placeholder].copy_(module.get_parameter(name))
-            for source in {node.args[1]: None for node in nodes if node.name in self.scales}:
-                made, weight = _at(module, _key(source)), tensors[names[str(source.target)]]
-                found = made.grid(weight)[0].flatten()
-                self.scales.update({user.name: found for user in source.users if user.name in self.scales})
-                weight.copy_(made(weight))
+                value, key = module.get_parameter(name), name.replace(".", "/")
+                for step in (f"{key}/unit", f"{key}/value"):
+                    value = made[step](value) if step in made else value
+                tensors[placeholder].copy_(value)
+        for node in nodes:
+            if node.name in self.scales:
+                self.scales[node.name] = made[f"{_key(node.args[1])}/value"].grid()[0].flatten()
 
     def _module(self) -> fx.GraphModule:
         module = self.graph.program.module(check_guards=False)
@@ -169,25 +208,19 @@ class Learning:
         return self._name(node) in self.ranges and origin(node) is node and rounded(node)
 
     def _range(self, module: fx.GraphModule, node: fx.Node) -> Range:
-        step, zero = _at(module, f"{node.name}/value").grid(torch.zeros(1))
+        step, zero = getattr(module, PLACE)[f"{node.name}/value"].grid()
         largest = (1 << self.few.get(node.name, BITS)) - 1
         return -zero * float(step), (largest - zero) * float(step)
 
 
-def _insert(module: fx.GraphModule, node: fx.Node, key: str, made: Rounding) -> None:
-    """Round a value for all that read it."""
+def _insert(module: fx.GraphModule, node: fx.Node, key: str, made: nn.Module) -> None:
+    """Pass a value through a module for all that read it."""
     getattr(module, PLACE)[key] = made
     with module.graph.inserting_after(node):
-        rounding = module.graph.call_module(f"{PLACE}.{key}", (node,))
-    node.replace_all_uses_with(rounding, lambda user: user is not rounding)
+        inserted = module.graph.call_module(f"{PLACE}.{key}", (node,))
+    node.replace_all_uses_with(inserted, lambda user: user is not inserted)
 
 
-def _key(source: fx.Node) -> str:
-    """Of a weight."""
+def _key(source: Any) -> str:
+    """Of a parameter."""
     return str(source.target).replace(".", "/")
-
-
-def _at(module: fx.GraphModule, key: str) -> Rounding:
-    found = getattr(module, PLACE)[key]
-    assert isinstance(found, Rounding)
-    return found

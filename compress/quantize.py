@@ -122,6 +122,8 @@ class Quantize(Pass):
         if self.method == "qat" and self.form != "static":
             raise ValueError("method = 'qat' learns fixed ranges: it needs activation_bits with weight_bits, and "
                              "activations = 'static'")  # fmt: skip
+        if self.tune is not None and self.tune.features:
+            raise ValueError("tune.features name layers, and method = 'qat' trains the graph of operators")
         if self.method == "qat" and self.target is not None:
             raise ValueError(f"target = {self.target!r} is for method = 'ptq'")
 
