@@ -149,29 +149,24 @@ class Learning:
         learned = {node for node in nodes if self._learns(node)}
         readers = {node.args[1]: node for node in nodes if node.name in self.scales}
         biases = {argument(node, "bias"): node for node in readers.values()}
+        firsts = _firsts(module)
         for node in nodes:
             if node in learned:
                 around, bits = self.ranges[self._name(node)], self.few.get(node.name, BITS)
                 _insert(module, node, f"{node.name}/value", activation_rounding(around, bits))
             elif node in readers:
-                self._insert_weight(module, node, readers[node])
-            elif node in biases:
+                self._insert_weight(module, node, readers[node], firsts[str(node.target)])
+            elif node in biases and str(node.target) in firsts:
                 low, high = self.ranges.get(self._name(biases[node]), (0.0, 1.0))
-                self._insert_unit(module, node, torch.tensor(high - low or 1.0))
+                _insert_unit(module, node, firsts[str(node.target)], torch.tensor(high - low or 1.0))
         module.recompile()
         return module.eval()
 
-    def _insert_weight(self, module: fx.GraphModule, node: fx.Node, reader: fx.Node) -> None:
+    def _insert_weight(self, module: fx.GraphModule, node: fx.Node, reader: fx.Node, name: str) -> None:
         scale, bits = self.scales[reader.name], self.bits[reader.name]
-        axes = module.get_parameter(str(node.target)).dim()
-        _insert(module, node, f"{_key(node)}/value", weight_rounding(scale, axes, bits))
-        self._insert_unit(module, node, _rows(scale, axes) * top(bits))  # before the rounding
-
-    def _insert_unit(self, module: fx.GraphModule, node: fx.Node, unit: Tensor) -> None:
-        """Train a parameter in a unit of its own."""
-        with torch.no_grad():
-            module.get_parameter(str(node.target)).div_(unit)
-        _insert(module, node, f"{_key(node)}/unit", Unit(unit))
+        axes = module.get_parameter(name).dim()
+        _insert(module, node, f"{_key(name)}/value", weight_rounding(scale, axes, bits))
+        _insert_unit(module, node, name, _rows(scale, axes) * top(bits))  # before the rounding
 
     def read(self, module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> set[str]:
         """Weights on their learned grids, biases, scales and ranges of a trained module; names of the ranges."""
@@ -183,17 +178,18 @@ class Learning:
         return set(learned)
 
     def _read_weights(self, module: fx.GraphModule, nodes: Sequence[fx.Node], tensors: Mapping[str, Tensor]) -> None:
-        names = {name: key for key, name in self.graph.program.graph_signature.inputs_to_parameters.items()}
-        made = getattr(module, PLACE)
+        made, firsts = getattr(module, PLACE), _firsts(module)
         with torch.no_grad():
-            for name, placeholder in names.items():
-                value, key = module.get_parameter(name), name.replace(".", "/")
+            for placeholder, name in self.graph.program.graph_signature.inputs_to_parameters.items():
+                value, key = module.get_parameter(name), _key(firsts[name])
                 for step in (f"{key}/unit", f"{key}/value"):
                     value = made[step](value) if step in made else value
                 tensors[placeholder].copy_(value)
         for node in nodes:
             if node.name in self.scales:
-                self.scales[node.name] = made[f"{_key(node.args[1])}/value"].grid()[0].flatten()
+                source: Any = node.args[1]
+                rounding = made[f"{_key(firsts[str(source.target)])}/value"]
+                self.scales[node.name] = rounding.grid()[0].flatten()
 
     def _module(self) -> fx.GraphModule:
         module = self.graph.program.module(check_guards=False)
@@ -214,13 +210,30 @@ class Learning:
 
 
 def _insert(module: fx.GraphModule, node: fx.Node, key: str, made: nn.Module) -> None:
-    """Pass a value through a module for all that read it."""
-    getattr(module, PLACE)[key] = made
+    """Pass a value through a module for all that read it; through the one of that key where there is one."""
+    place = getattr(module, PLACE)
+    if key not in place:
+        place[key] = made
     with module.graph.inserting_after(node):
         inserted = module.graph.call_module(f"{PLACE}.{key}", (node,))
     node.replace_all_uses_with(inserted, lambda user: user is not inserted)
 
 
-def _key(source: Any) -> str:
+def _insert_unit(module: fx.GraphModule, node: fx.Node, name: str, unit: Tensor) -> None:
+    """Train a parameter in a unit of its own."""
+    key = f"{_key(name)}/unit"
+    if key not in getattr(module, PLACE):
+        with torch.no_grad():
+            module.get_parameter(name).div_(unit)
+    _insert(module, node, key, Unit(unit))
+
+
+def _firsts(module: nn.Module) -> dict[str, str]:
+    """Name of a parameter → the first of the names that it has."""
+    found: dict[int, str] = {}
+    return {name: found.setdefault(id(value), name) for name, value in module.named_parameters(remove_duplicate=False)}
+
+
+def _key(name: str) -> str:
     """Of a parameter."""
-    return str(source.target).replace(".", "/")
+    return name.replace(".", "/")

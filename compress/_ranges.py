@@ -61,7 +61,7 @@ def mse(seen: Histogram, slope: float = 1.0, levels: int = LEVELS) -> tuple[floa
     lows = low * _ratios() if low < 0 else np.zeros(1)
     highs = high * _ratios() if high > 0 else np.zeros(1)
     pairs = [(float(a), float(b)) for a in lows for b in highs if b > a]
-    return min(pairs, key=lambda pair: squared_error(seen, *pair, slope, levels)) if pairs else (low, high)
+    return min(pairs, key=lambda pair: squared_error(seen, pair[0], pair[1], slope, levels)) if pairs else (low, high)
 
 
 def entropy(seen: Histogram, slope: float = 1.0, levels: int = LEVELS) -> tuple[float, float]:

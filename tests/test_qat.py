@@ -186,6 +186,28 @@ def test_training_begins_where_rounding_after_training_ended(tmp_path: Path, mon
         torch.testing.assert_close(one.graph.program.state_dict[name], tensor, atol=1e-6, rtol=1e-5)
 
 
+class Tied(nn.Module):
+    """Two layers with one weight, and biases of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.two, self.head = (nn.Conv2d(3, 4, 1), *(nn.Conv2d(4, 4, 1) for _ in range(3)))
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.two(torch.relu(self.one(torch.relu(self.first(x)))))))
+
+
+def test_a_weight_of_two_layers_stays_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"weight_bits": 4, "activation_bits": 4, "explain": False, "method": "qat"}
+    compress(Tied().eval(), task_with(), [Quantize(**options, tune=tuned(epochs=1))], tmp_path, Silent())
+    source = Source.open(tmp_path / "compressed")
+    first, second = (source.plan.tensors[f"{name}/weight_scale"] for name in ("conv2d_1", "conv2d_2"))
+    np.testing.assert_array_equal(first, second)
+    quantized(source.graph, source.plan, PLAIN)  # which finds the weights on these grids
+
+
 @pytest.mark.parametrize("bits", [(4, 8), (8, 8)])
 def test_other_bits_are_trained_too(bits: tuple[int, int], tmp_path: Path) -> None:
     source = made(tmp_path, weight_bits=bits[0], activation_bits=bits[1], tune=tuned(epochs=1))
