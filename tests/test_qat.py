@@ -83,11 +83,25 @@ def made(folder: Path, **options: Any) -> Source:
 
 
 def tuned(**options: Any) -> Tune:
-    return Tune(**{"optimizer": "adamw", "epochs": 3, "batch": 16, "held_out": 0, "lr": 0.003} | options)  # type: ignore[arg-type]
+    return Tune(**{"optimizer": "adamw", "epochs": 4, "batch": 16, "held_out": 0, "lr": 0.002} | options)  # type: ignore[arg-type]
+
+
+ROUGH: dict[str, Any] = {"rounding": "nearest", "bias_correct": False, "equalize": False, "calibrate": "minmax"}
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, nn.Module]:
+def before(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """Not trained, and worse than it could be."""
+    return made(tmp_path_factory.mktemp("ptq"), method="ptq", **ROUGH)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("qat")
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> tuple[Source, nn.Module]:
     """The result, and the module that was trained."""
     kept: list[nn.Module] = []
     plain = _learning.tune
@@ -98,7 +112,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, nn.Module
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_learning, "tune", tune)
-        source = made(tmp_path_factory.mktemp("qat"), tune=tuned())
+        source = made(folder, tune=tuned(), **ROUGH)
     return source, kept[0]
 
 
@@ -161,20 +175,25 @@ def noise(source: Source) -> float:
     return float(np.square(found - wanted).mean())
 
 
-def test_training_brings_a_bad_start_nearer_to_the_original(tmp_path: Path) -> None:
-    rough: dict[str, Any] = {"rounding": "nearest", "bias_correct": False, "equalize": False, "calibrate": "minmax"}
-    before = made(tmp_path / "ptq", method="ptq", **rough)
-    after = made(tmp_path / "qat", tune=tuned(epochs=5, lr=0.002), **rough)
-    assert noise(after) < 0.7 * noise(before)
-    (entry,) = Artifact.open(tmp_path / "qat" / "compressed").manifest.history
-    losses = [row["loss"] for row in entry["findings"]["tune"]["epochs"] if "loss" in row]
+def history(folder: Path) -> dict[str, Any]:
+    (entry,) = Artifact.open(folder / "compressed").manifest.history
+    return dict(entry)
+
+
+def test_training_brings_a_bad_start_nearer_to_the_original(
+    before: Source, trained: tuple[Source, nn.Module], folder: Path
+) -> None:
+    assert noise(trained[0]) < 0.7 * noise(before)
+    losses = [row["loss"] for row in history(folder)["findings"]["tune"]["epochs"] if "loss" in row]
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_training_begins_where_rounding_after_training_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_begins_where_rounding_after_training_ended(
+    before: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not trained at all, the result is that of ``ptq`` but for the rounding of logarithms."""
     monkeypatch.setattr(_learning, "tune", lambda module, *rest: module)
-    one, other = made(tmp_path / "qat"), made(tmp_path / "ptq", method="ptq")
+    one, other = made(tmp_path, **ROUGH), before
     for name in ("input:x", "relu", "relu_1", "tanh", "conv2d_2", "conv2d_3", "mean"):
         found, wanted = (
             grid(known["low"], known["high"], known["bits"])
@@ -208,6 +227,7 @@ def test_a_weight_of_two_layers_stays_one(tmp_path: Path) -> None:
     quantized(source.graph, source.plan, PLAIN)  # which finds the weights on these grids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [(4, 8), (8, 8)])
 def test_other_bits_are_trained_too(bits: tuple[int, int], tmp_path: Path) -> None:
     source = made(tmp_path, weight_bits=bits[0], activation_bits=bits[1], tune=tuned(epochs=1))
@@ -216,16 +236,17 @@ def test_other_bits_are_trained_too(bits: tuple[int, int], tmp_path: Path) -> No
     assert {entry["range"]["bits"] for entry in source.plan.nodes.values() if "range" in entry} == {8}
 
 
-def test_files_of_a_trained_network_are_proved(tmp_path: Path) -> None:
+def test_files_of_a_trained_network_are_proved(trained: tuple[Source, nn.Module], folder: Path) -> None:
     onnx = pytest.importorskip("edgepack.export.onnx")
     pytest.importorskip("onnxruntime")
-    made(tmp_path, tune=tuned(epochs=1))
-    artifact = export(tmp_path, [onnx.Onnx()], Silent())[0].artifact
+    artifact = export(folder, [onnx.Onnx()], Silent())[0].artifact
     assert artifact.manifest.parity.status == "checked"
     assert "3 weights lie in 4 bits" in artifact.manifest.census["notes"][1]  # type: ignore[index]
 
 
-def test_interrupted_training_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_training_goes_on_to_the_same_result(
+    trained: tuple[Source, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = Epochs._epoch
 
     def interrupted(self: Epochs) -> None:
@@ -236,10 +257,9 @@ def test_interrupted_training_goes_on_to_the_same_result(tmp_path: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(Epochs, "_epoch", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            made(tmp_path / "one", tune=tuned(epochs=2))
-    resumed, calm = (made(tmp_path / name, tune=tuned(epochs=2)) for name in ("one", "other"))
-    (entry,) = Artifact.open(tmp_path / "one" / "compressed").manifest.history
-    assert any("tune: went on after epoch 1" in note for note in entry["notes"])
+            made(tmp_path, tune=tuned(), **ROUGH)
+    resumed, calm = made(tmp_path, tune=tuned(), **ROUGH), trained[0]
+    assert any("tune: went on after epoch 1" in note for note in history(tmp_path)["notes"])
     assert resumed.plan.nodes == calm.plan.nodes
     for name, tensor in calm.graph.program.state_dict.items():
         assert torch.equal(resumed.graph.program.state_dict[name], tensor), name
