@@ -11,6 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from edgepack.compress._activations import (
+    BITS,
+    Range,
+    as_it_is,
+    fake,
+    fake_found,
+    few_bits,
+    grid,
+    last_layers,
+    origin,
+)
 from edgepack.compress._correct import Correction, channel_means, sample
 from edgepack.compress._emulation import Emulation, Variant
 from edgepack.compress._graph import argument, named, operator_of, owner_path, shape
@@ -18,7 +29,7 @@ from edgepack.compress._grid import top, weight_scale
 from edgepack.compress._groups import grouped_words, scale_of
 from edgepack.compress._mixing import mixing, sentence
 from edgepack.compress._observe import batches, observe_ends, observe_histograms
-from edgepack.compress._operators import WEIGHTED, aten, floating, fused, only_reader, passes, slope, word
+from edgepack.compress._operators import WEIGHTED, aten, floating, only_reader, passes, slope, word
 from edgepack.compress._preparing import Preparing, parameters
 from edgepack.compress._ranges import METHODS, Histogram
 from edgepack.compress._rounding import Rounding
@@ -33,12 +44,9 @@ if TYPE_CHECKING:
     from edgepack.task import Task
 
 OTHERS = ("minmax", "percentile")  # read from a histogram in no time
-BITS = 8  # of activations, and of what the options say nothing of
 INPUT = "input:"  # before the names of inputs in the plan
 BIAS_STEPS = 2.0**26  # a bias is at most this many steps of its 32-bit grid
-CONVOLUTIONS = tuple(operator for operator in WEIGHTED if operator is not aten.linear)
 RANGED = ("static", "auto")  # forms for which layers are corrected as ranges fixed now have it
-Range = tuple[float, float]
 
 
 @dataclass(eq=False)
@@ -52,10 +60,12 @@ class Quantizing:
     seen: dict[str, Histogram] = field(default_factory=dict)
     bits: dict[str, int] = field(default_factory=dict)
     weights: dict[str, tuple[Tensor, Tensor | float]] = field(default_factory=dict)  # and their least scales
+    few: dict[str, int] = field(default_factory=dict)
 
     def run(self, module: nn.Module) -> nn.Module:
         module = Preparing(self.task, self.run_, self.options.equalize).prepare(module)
         graph = capture(module, self.task)
+        self.few = self._few(graph)
         ranges = self._calibrate(graph)
         inputs = sample(graph, self.task)
         means = channel_means(graph.program.module(check_guards=False), inputs, _axes(graph))
@@ -82,6 +92,8 @@ class Quantizing:
             self._name_narrow(graph, len(scales))
         if self.options.explain:
             self._explain(graph, before, ranges)
+        if self.options.method == "qat":
+            self._learn(module, graph, ranges, scales)
         self._plan(capture(module, self.task), ranges, scales)
         return module
 
@@ -114,12 +126,12 @@ class Quantizing:
         """Look for more layers whose products saturate, and give them steps twice as large; whether there are any."""
         names = _inputs(graph)
 
-        def grid(node: fx.Node) -> tuple[float, int] | None:
+        def steps(node: fx.Node) -> tuple[float, int] | None:
             pair = ranges.get(names.get(node.name, node.name))
-            return None if pair is None else _step(*pair)
+            return None if pair is None else grid(*pair)[:2]
 
-        emulation = Emulation(graph.program.module(check_guards=False), before, _fake(ranges, names))
-        found = Saturation({name: scale for name, scale in scales.items() if self.bits[name] == BITS}, grid)
+        emulation = Emulation(graph.program.module(check_guards=False), before, fake(ranges, names, self.few))
+        found = Saturation({name: scale for name, scale in scales.items() if self.bits[name] == BITS}, steps)
         step = self._progress("looking for products that saturate")
         with torch.no_grad():
             for inputs in batches(graph, self.task):
@@ -140,7 +152,7 @@ class Quantizing:
     def _explain(self, graph: Graph, before: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
         names, static = _inputs(graph), self.options.form in RANGED
         tried = [name for name in OTHERS if static and self.seen and name != self.options.calibrate]
-        others = {f"calibrate = {name!r}": _fake(self._ranges(graph, name), names) for name in tried}
+        others = {f"calibrate = {name!r}": fake(self._ranges(graph, name), names, self.few) for name in tried}
         found = Sensitivity(
             graph, before, self._activations(ranges, graph), ranges if static else {}, names, others,
             frozenset(self.left), self.options.leave,
@@ -168,12 +180,12 @@ class Quantizing:
         """Ranges as one method reads them, by their names in the plan."""
         nodes = {node.name: node for node in graph.program.module(check_guards=False).graph.nodes}
         found = {
-            name: METHODS[method](histogram, slope(only_reader(nodes[name])))
+            name: METHODS[method](histogram, slope(only_reader(nodes[name])), 1 << self.few.get(name, BITS))
             for name, histogram in (self.seen if seen is None else seen).items()
         }
         for name, node in nodes.items():
-            if floating(node) and name not in found and (origin := _origin(node)).name in found:
-                found[name] = found[origin.name]
+            if floating(node) and name not in found and (source := origin(node)).name in found:
+                found[name] = found[source.name]
         names = _inputs(graph)
         return {names.get(name, name): pair for name, pair in found.items()}
 
@@ -197,7 +209,7 @@ class Quantizing:
         scales: dict[str, Tensor] = {}
         done: dict[int, tuple[Tensor, int]] = {}
         weights: dict[str, Tensor] = {}
-        names = _inputs(graph)
+        names, wanted = _inputs(graph), self._wanted(graph.program.graph)
         for node in graph.program.graph.nodes:
             if operator_of(node) not in WEIGHTED:
                 continue
@@ -210,15 +222,35 @@ class Quantizing:
                 continue
             assert weight is not None
             bias = tensors.get(getattr(argument(node, "bias"), "name", ""))
-            self.weights[node.name] = weight, _floor(bias, ranges[source])
+            self.weights[node.name] = weight, _floor(bias, ranges[source], self.few.get(node.args[0].name, BITS))
             if id(weight) not in done:
-                bits = BITS if source.startswith(INPUT) else self.options.stored_bits
+                bits = wanted[node.name]
                 done[id(weight)] = scale_of(node, *self.weights[node.name], bits, self.options.group_size), bits
                 weights[node.name] = weight.data
             scales[node.name], self.bits[node.name] = done[id(weight)]
         if not scales:
             raise Unsupported("quantize: there is no convolution or linear layer to round", "leave the pass out")
         return scales, weights
+
+    def _wanted(self, graph: fx.Graph) -> dict[str, int]:
+        """Layer → bits of its weights: 8 in layers that read an input, and in the last ones beside few activations."""
+        last = last_layers(graph) if self.options.activation_bits not in (None, BITS) else set()
+        layers = [node for node in graph.nodes if operator_of(node) in WEIGHTED]
+        firsts = {node for node in layers if _reads_input(node)}
+        return {node.name: BITS if node in firsts | last else self.options.stored_bits for node in layers}
+
+    def _few(self, graph: Graph) -> dict[str, int]:
+        """Node → bits of its result, where they are fewer than 8."""
+        bits = self.options.activation_bits or BITS
+        if bits == BITS:
+            return {}
+        module = graph.program.module(check_guards=False)
+        wanted = self._wanted(module.graph)
+
+        def of_weight(node: fx.Node) -> int | None:
+            return None if named(owner_path(node), self.options.leave) else wanted[node.name]
+
+        return few_bits(module.graph, bits, of_weight)
 
     def _obstacle(self, node: fx.Node, weight: Tensor | None) -> str | None:
         if named(owner_path(node), self.options.leave):
@@ -239,7 +271,7 @@ class Quantizing:
             name = names.get(node.name, node.name)
             if name in ranges and form != "float":
                 low, high = ranges[name]
-                entry["range"] = {"low": low, "high": high, "bits": BITS}
+                entry["range"] = {"low": low, "high": high, "bits": self.few.get(node.name, BITS)}
             if node.name in scales:
                 grouped = {"group_size": self.options.group_size} if scales[node.name].dim() > 1 else {}
                 entry["weight"] = {"bits": self.bits[node.name], "axis": 0, **grouped}
@@ -255,11 +287,19 @@ class Quantizing:
         said = ", ".join(f"{bits}-bit weights in {count} layers" for bits, count in sorted(counts.items()))
         self.run_.note(f"{said}{grouped_words(scales, self.options.group_size)}, {len(self.left)} left in float")
 
+    def _learn(self, module: nn.Module, graph: Graph, ranges: dict[str, Range], scales: dict[str, Tensor]) -> None:
+        """Train weights and grids together, from what they are now on; all of them are changed in place."""
+        from edgepack.compress._learning import Learning
+
+        learning = Learning(graph, _inputs(graph), ranges, scales, self.bits, self.few)
+        learned = learning.train(parameters(module, graph), self.task, self.run_, self.options.training)
+        ranges.update({name: pair for name, pair in self._calibrate(graph).items() if name not in learned})
+
     def _activations(self, ranges: Mapping[str, Range], graph: Graph) -> Callable[[fx.Node, Tensor], Tensor]:
         """What rounding of activations does to the layers behind it, as far as it is the same for all engines."""
         if self.options.form in RANGED:
-            return _fake(ranges, _inputs(graph))
-        return _fake_found if self.options.form == "dynamic" else _as_it_is
+            return fake(ranges, _inputs(graph), self.few)
+        return fake_found if self.options.form == "dynamic" else as_it_is
 
     def _progress(self, text: str) -> Any:
         assert self.task.calibration is not None
@@ -279,15 +319,14 @@ def _input(node: fx.Node) -> bool:
     return node.op == "placeholder" and isinstance(value, Tensor) and value.dtype == torch.float32
 
 
+def _reads_input(node: fx.Node) -> bool:
+    """Whether a layer reads an input of the network."""
+    source = node.args[0]
+    return isinstance(source, fx.Node) and source.op == "placeholder"
+
+
 def _ranged(node: fx.Node) -> bool:
     return floating(node) and not passes(node)
-
-
-def _origin(node: fx.Node) -> fx.Node:
-    """The operator or input whose values a node only rearranges."""
-    while passes(node) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
 
 
 def _axes(graph: Graph) -> dict[str, int]:
@@ -310,46 +349,6 @@ def _biases(graph: Graph, tensors: Mapping[str, Tensor], scales: Mapping[str, Te
     return found
 
 
-def _floor(bias: Tensor | None, around: Range) -> Tensor | float:
+def _floor(bias: Tensor | None, around: Range, bits: int) -> Tensor | float:
     """The least scale of a weight for which the bias fits a 32-bit grid of scale × step of the input."""
-    return 0.0 if bias is None else bias.detach().abs() / (_step(*around)[0] * BIAS_STEPS)
-
-
-def _step(low: float, high: float) -> tuple[float, int]:
-    scale = (high - low) / 255 or 1.0
-    return scale, round(-low / scale)
-
-
-def _as_it_is(node: fx.Node, value: Tensor) -> Tensor:
-    return value
-
-
-def _feeds_layer(node: fx.Node) -> bool:
-    """Whether a layer with weights reads a node's values, rearranged or not."""
-    return any(operator_of(user) in WEIGHTED or (passes(user) and _feeds_layer(user)) for user in node.users)
-
-
-def _fake_found(node: fx.Node, value: Tensor) -> Tensor:
-    """Round what a linear layer reads, in the range it has."""
-    if value.dtype != torch.float32 or not any(operator_of(user) is aten.linear for user in node.users):
-        return value
-    low, high = (float(end) for end in value.aminmax())
-    return torch.fake_quantize_per_tensor_affine(value, *_step(min(low, 0.0), max(high, 0.0)), 0, 255)
-
-
-def _fake(ranges: Mapping[str, Range], names: Mapping[str, str]) -> Callable[[fx.Node, Tensor], Tensor]:
-    """Round what engines round: what layers with weights read, and convolutions' results, which some must round.
-
-    Not the residual sums of transformers: they stay float in every engine, and small channels or tokens in them
-    would be lost.
-    """
-
-    def quantize(node: fx.Node, value: Tensor) -> Tensor:
-        name = names.get(node.name, node.name)
-        if name not in ranges or fused(only_reader(node)) or value.dtype != torch.float32:
-            return value
-        if operator_of(node) not in CONVOLUTIONS and not _feeds_layer(node):
-            return value
-        return torch.fake_quantize_per_tensor_affine(value, *_step(*ranges[name]), 0, 255)
-
-    return quantize
+    return 0.0 if bias is None else bias.detach().abs() / (grid(*around, bits)[0] * BIAS_STEPS)

@@ -37,12 +37,12 @@ def with_zero(low: float, high: float) -> tuple[float, float]:
     return min(low, 0.0), max(high, 0.0)
 
 
-def minmax(seen: Histogram, slope: float = 1.0) -> tuple[float, float]:
+def minmax(seen: Histogram, slope: float = 1.0, levels: int = LEVELS) -> tuple[float, float]:
     """Everything that was seen."""
     return with_zero(seen.low, seen.high)
 
 
-def percentile(seen: Histogram, slope: float = 1.0) -> tuple[float, float]:
+def percentile(seen: Histogram, slope: float = 1.0, levels: int = LEVELS) -> tuple[float, float]:
     """All but one in ten thousand values on each side."""
     total = seen.counts.sum()
     below = np.cumsum(seen.counts) / max(total, 1)
@@ -52,8 +52,8 @@ def percentile(seen: Histogram, slope: float = 1.0) -> tuple[float, float]:
     return with_zero(float(edges[first]), float(edges[min(last, len(seen.counts) - 1) + 1]))
 
 
-def mse(seen: Histogram, slope: float = 1.0) -> tuple[float, float]:
-    """The range with the least squared error of 8-bit rounding and clipping.
+def mse(seen: Histogram, slope: float = 1.0, levels: int = LEVELS) -> tuple[float, float]:
+    """The range with the least squared error of rounding to so many levels, and of clipping.
 
     Errors of negative values count ``slope`` times, as they do behind a leaky ReLU.
     """
@@ -61,21 +61,22 @@ def mse(seen: Histogram, slope: float = 1.0) -> tuple[float, float]:
     lows = low * _ratios() if low < 0 else np.zeros(1)
     highs = high * _ratios() if high > 0 else np.zeros(1)
     pairs = [(float(a), float(b)) for a in lows for b in highs if b > a]
-    return min(pairs, key=lambda pair: squared_error(seen, pair[0], pair[1], slope)) if pairs else (low, high)
+    return min(pairs, key=lambda pair: squared_error(seen, pair[0], pair[1], slope, levels)) if pairs else (low, high)
 
 
-def entropy(seen: Histogram, slope: float = 1.0) -> tuple[float, float]:
-    """The cut at which 128 levels of magnitude tell least apart from what was seen (Kullback-Leibler divergence).
+def entropy(seen: Histogram, slope: float = 1.0, levels: int = LEVELS) -> tuple[float, float]:
+    """The cut at which half as many levels of magnitude tell least apart from what was seen.
 
-    After S. Migacz, "8-bit inference with TensorRT" (GTC 2017).
+    By Kullback-Leibler divergence of the distributions, after S. Migacz, "8-bit inference with TensorRT" (GTC 2017).
     """
     low, high = with_zero(seen.low, seen.high)
     reach = max(-low, high)
     if reach == 0:
         return low, high
     counts, _ = np.histogram(np.abs(seen.centres), BINS, (0.0, reach), weights=seen.counts)
-    cuts = np.arange(COARSEST, BINS + 1, 8)
-    cut = min(cuts, key=lambda end: _divergence(counts, int(end)))
+    coarse = min(COARSEST, levels // 2)
+    cuts = np.arange(coarse, BINS + 1, 8)
+    cut = min(cuts, key=lambda end: _divergence(counts, int(end), coarse))
     limit = (cut + 0.5) / BINS * reach
     return max(low, -limit), min(high, limit)
 
@@ -88,14 +89,14 @@ METHODS: dict[str, Callable[..., tuple[float, float]]] = {
 }
 
 
-def squared_error(seen: Histogram, low: float, high: float, slope: float = 1.0) -> float:
-    """Mean squared error of the values seen when they are rounded to 8 bits in a range."""
+def squared_error(seen: Histogram, low: float, high: float, slope: float = 1.0, levels: int = LEVELS) -> float:
+    """Mean squared error of the values seen when they are rounded to so many levels in a range."""
     values = seen.centres
-    step = (high - low) / (LEVELS - 1)
-    zero = np.clip(np.rint(-low / step), 0, LEVELS - 1)
-    rounded = (np.clip(np.rint(values / step) + zero, 0, LEVELS - 1) - zero) * step
+    step = (high - low) / (levels - 1)
+    zero = np.clip(np.rint(-low / step), 0, levels - 1)
+    rounded = (np.clip(np.rint(values / step) + zero, 0, levels - 1) - zero) * step
     inside = step * step / 12  # values spread over a bin that is narrower than a step round as any others
-    clipped = (values < -zero * step) | (values > (LEVELS - 1 - zero) * step)
+    clipped = (values < -zero * step) | (values > (levels - 1 - zero) * step)
     error = np.where(clipped, np.square(values - rounded), inside)
     weights = seen.counts * np.where(values < 0, slope * slope, 1.0)
     return float((error * weights).sum() / max(seen.counts.sum(), 1))
@@ -105,13 +106,13 @@ def _ratios() -> Array:
     return np.linspace(1.0, NARROWEST, STEPS)
 
 
-def _divergence(counts: Array, end: int) -> float:
+def _divergence(counts: Array, end: int, levels: int) -> float:
     kept = counts[:end].astype(np.float64)
     reference = kept.copy()
     reference[-1] += counts[end:].sum()
-    owner = np.arange(end) * COARSEST // end
+    owner = np.arange(end) * levels // end
     filled = kept > 0
-    sums, members = np.bincount(owner, kept, COARSEST), np.bincount(owner, filled, COARSEST)
+    sums, members = np.bincount(owner, kept, levels), np.bincount(owner, filled, levels)
     coarse = np.where(filled, sums[owner] / np.maximum(members[owner], 1), 0.0)
     p, q = reference / max(reference.sum(), 1e-30), coarse / max(coarse.sum(), 1e-30)
     both = p > 0

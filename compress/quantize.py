@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from edgepack.compress._tune import Tune
 from edgepack.contracts import Pass, Run
-from edgepack.errors import InputError, Unsupported, nearest
+from edgepack.errors import InputError, Unsupported, nearest, require
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,6 +20,7 @@ TARGETS = ("avx2",)
 FOUR, LEAST_GROUP = 4, 16
 MIXED = (8, 4)  # bits that files have a type for
 ROUNDINGS = ("nearest", "gptq", "adaround")
+METHODS = ("ptq", "qat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,13 @@ class Quantize(Pass):
         bops_ratio: largest share of the float network's bit operations (multiply-accumulates × bits of weights × bits
             of activations) that layers with weights may take.
         activation_bits: with ``weight_bits``: of activations; 8, or left out to leave them float: files of a quarter
-            of the size that compute in float.
+            of the size that compute in float. 4, beside 4-bit weights: what layers with such weights multiply has 16
+            levels; layers that read an input of the network or give its output keep 8 bits, and so does what no
+            layer multiplies. In ONNX, OpenVINO and C.
+        method: ``ptq``: after training, from calibration data alone. ``qat``: the network is then trained further with
+            all of this rounding, and learns weights, biases, steps and ranges. Needs the extra ``qat``.
+        tune: of ``qat``: how to train. Without it: 5 epochs with AdamW, which suits learned steps, following the
+            original.
         activations: ``static``: ranges are fixed now, from ``task.calibration``. ``dynamic``: linear layers find the
             range of what they read, over the whole batch, when they run; convolutions compute in float where the
             engine would be slow otherwise. ``auto``: each export writes both, where its format has both, and keeps the
@@ -58,6 +66,7 @@ class Quantize(Pass):
             one size where that leaves the network the same.
         bias_correct: take the mean error of each output channel out of its bias.
         explain: find out per layer what rounding costs and why, and try remedies, on a few samples; for the report.
+            With ``qat``: of the network before it is trained further.
         target: ``avx2``: for x86 processors without VNNI too, where 8-bit products saturate: layers that do on the
             calibration data get 7-bit weights. None: nothing is done for them.
         leave: names of layers to leave in float, with ``*`` and ``?``; a name also covers what is inside it.
@@ -70,6 +79,8 @@ class Quantize(Pass):
     size_ratio: float | None = None
     bops_ratio: float | None = None
     activation_bits: int | None = None
+    method: str = "ptq"
+    tune: Tune | None = None
     activations: str = "static"
     calibrate: str = "mse"
     rounding: str = "gptq"
@@ -84,6 +95,7 @@ class Quantize(Pass):
     def __post_init__(self) -> None:
         self._check_bits()
         self._check_mixture()
+        self._check_method()
         if self.activations not in ACTIVATIONS:
             raise ValueError(f"activations is one of {', '.join(ACTIVATIONS)}, not {self.activations!r}")
         if self.form == "float" and self.activations != "static":
@@ -109,15 +121,35 @@ class Quantize(Pass):
 
     def _check_bits(self) -> None:
         for name in ("bits", "weight_bits", "activation_bits"):
-            allowed = (4, 8) if name == "weight_bits" else (8,)
+            allowed = (8,) if name == "bits" else (4, 8)
             given = getattr(self, name)
-            if given not in (None, *allowed) and not isinstance(given, (list, tuple)):
+            if given not in (None, *allowed) and not (name == "weight_bits" and isinstance(given, (list, tuple))):
                 said = " or ".join(map(str, allowed))
                 raise ValueError(f"{name} is {said}, not {getattr(self, name)!r}")
         if self.bits is not None and (self.weight_bits is not None or self.activation_bits is not None):
             raise ValueError("bits is for weights and activations; give it, or weight_bits with activation_bits")
         if self.activation_bits is not None and self.weight_bits is None:
             raise ValueError("activation_bits needs weight_bits")
+        if self.activation_bits == 4 and (self.weight_bits != 4 or self.activations != "static"):
+            raise ValueError("activation_bits = 4 is for weight_bits = 4 and activations = 'static'")
+
+    def _check_method(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method is one of {', '.join(METHODS)}, not {self.method!r}")
+        if self.method == "ptq" and self.tune is not None:
+            raise ValueError("tune says how to train: method = 'qat'")
+        if self.method == "qat" and self.form != "static":
+            raise ValueError("method = 'qat' learns fixed ranges: it needs activation_bits with weight_bits, and "
+                             "activations = 'static'")  # fmt: skip
+        if self.tune is not None and self.tune.features:
+            raise ValueError("tune.features name layers, and method = 'qat' trains the graph of operators")
+        if self.method == "qat" and self.target is not None:
+            raise ValueError(f"target = {self.target!r} is for method = 'ptq'")
+
+    @property
+    def training(self) -> Tune:
+        """How ``qat`` trains."""
+        return self.tune or Tune(optimizer="adamw")
 
     def _check_mixture(self) -> None:
         if isinstance(self.weight_bits, list):
@@ -168,9 +200,13 @@ class Quantize(Pass):
         return "float" if self.weight_bits is not None and self.activation_bits is None else self.activations
 
     def check(self, module: nn.Module, task: Task) -> None:
-        """Refuse a task without calibration data, and a name in ``leave`` that no layer has."""
+        """Refuse a task without the data it takes, and a name in ``leave`` that no layer has."""
         from edgepack.compress._graph import named
+        from edgepack.compress._tune_feed import training_data
 
+        if self.method == "qat":
+            require("brevitas.core.quant", "qat")
+            training_data(task)
         if task.calibration is None:
             raise InputError("quantize: the task has no calibration data", "add calibration = {data = …} to [task]")
         if len(task.calibration) == 0:

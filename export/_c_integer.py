@@ -49,6 +49,7 @@ DIALECT = Dialect(
     every_output=CONVOLUTIONS | {"linear"},
     signed=True,
     split=SILU,
+    narrow=True,
 )
 SUM_LIMIT = 2**31 - 1
 
@@ -108,15 +109,16 @@ class _Exact:
     def _activation(self, node: Node, source: Node) -> tuple[tuple[int, int], float, Node]:
         """Limits of the integers, the slope of negative values, and what stands before the activation."""
         _, step, zero = _arguments(node)
+        full: Any = tuple(node.args[3:5])
         if len(source.users) > 1 or word(source) not in RELUS | LEAKY or not isinstance(source.args[0], type(node)):
-            return (LOW, HIGH), 1.0, source
+            return full, 1.0, source
         if word(source) in LEAKY:
             slope = float(source.args[1] if len(source.args) > 1 else 0.01)  # type: ignore[arg-type]
-            return (LOW, HIGH), slope, source.args[0]
+            return full, slope, source.args[0]
         given: Any = source.args[1:3]
         low, high = (0.0, np.inf) if word(source).startswith("relu") else given or (-1.0, 1.0)
         high = 6.0 if word(source).startswith("relu6") else high
-        ends = [int(np.clip(np.rint(end / step) + zero, LOW, HIGH)) for end in (low, high)]
+        ends = [int(np.clip(np.rint(end / step) + zero, *full)) for end in (low, high)]
         return (ends[0], ends[1]), 1.0, source.args[0]
 
     def _weighted(self, node: Node, base: Node, limits: tuple[int, int], slope: float) -> Node | None:

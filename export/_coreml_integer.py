@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 class Centred(Dialect):
     """Zero is the lowest byte where nothing is negative, and the middle one where that costs little of the step."""
 
-    def grid(self, low: float, high: float, step: float | None = None) -> Grid:
+    def grid(self, low: float, high: float, step: float | None = None, bits: int = 8) -> Grid:
         middle = max(-low / 128, high / 127)
         if step is None and low < 0 and middle <= CENTRED * (high - low) / 255:
-            return Grid(middle, 128)
-        return super().grid(low, high, step)
+            return Grid(middle, 128, self.lowest, self.highest)
+        return super().grid(low, high, step, bits)
 
 
 COREML = Centred(

@@ -53,6 +53,7 @@ class Dialect:
         first: of two convolutions before such a sum, the engine takes the one the sum names first, not the one computed
             last; and the result of the other is quantized around 0, which the engine adds without a shift.
         early: operators that only pick among values, before which these are quantized, not behind.
+        narrow: activations of fewer than 8 bits are computed: integers saturate where their few bits end.
         twins: the first convolution of a skip is computed twice where other sums read it as well: in float for the one
             that stays float, in integers for the rest.
         grouped: weights beside float activations may have a scale per group of columns.
@@ -75,6 +76,7 @@ class Dialect:
     early: frozenset[str] = frozenset()
     twins: bool = False
     grouped: bool = False
+    narrow: bool = False
 
     @property
     def forms(self) -> dict[str, str]:
@@ -91,26 +93,34 @@ class Dialect:
         """The largest integer of an activation."""
         return 127 if self.signed else 255
 
-    def grid(self, low: float, high: float, step: float | None = None) -> Grid:
-        """The integers for a range with 0 in it; ``step`` where another grid gives it."""
+    def grid(self, low: float, high: float, step: float | None = None, bits: int = 8) -> Grid:
+        """The integers for a range with 0 in it; ``step`` where another grid gives it.
+
+        Those of fewer bits are the lowest there are, so that what saturates at the bottom, as a ReLU does, needs
+        nothing for it.
+        """
         if self.symmetric:
-            return Grid(step or float(np.float32(max(-low, high) / self.highest)) or 1.0, 0)
-        step = step or float(np.float32((high - low) / (self.highest - self.lowest))) or 1.0
-        return Grid(step, int(np.clip(round(self.lowest - low / step), self.lowest, self.highest)))
+            top = (1 << (bits - 1)) - 1
+            return Grid(step or float(np.float32(max(-low, high) / top)) or 1.0, 0, -top, top)
+        lowest, highest = self.lowest, self.lowest + (1 << bits) - 1
+        step = step or float(np.float32((high - low) / (highest - lowest))) or 1.0
+        return Grid(step, int(np.clip(round(lowest - low / step), lowest, highest)), lowest, highest)
 
     def around_zero(self, low: float, high: float) -> Grid:
         """The integers for a range, with 0 in their middle."""
         middle = (self.lowest + self.highest + 1) // 2
         step = max(-low / (middle - self.lowest), high / (self.highest - middle))
-        return Grid(float(np.float32(step)) or 1.0, middle)
+        return Grid(float(np.float32(step)) or 1.0, middle, self.lowest, self.highest)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Of an activation: value = step · (integer − zero)."""
+    """Of an activation: value = step · (integer − zero), integers from ``lowest`` to ``highest``."""
 
     step: float
     zero: int
+    lowest: int
+    highest: int
 
 
 def narrow_depthwise(node: Node) -> bool:

@@ -61,6 +61,7 @@ ONNX_RUNTIME = Dialect(
     split=SILU,
     slow=_slow,
     grouped=True,
+    narrow=True,
     twins=True,  # see _slow: the sums behind a float one have channels first
     both=NORMS,
     float_bias=frozenset({"matmul"}),  # an int32 one would be made float in every run

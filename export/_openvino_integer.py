@@ -26,6 +26,7 @@ OPENVINO = Dialect(
     detour=ADDITIONS,  # resnet50 takes 3 % longer where shortcuts pass floats to the sum
     first=True,
     early=frozenset({"max_pool2d"}),
+    narrow=True,
 )
 KINDS = {"conv": ("Convolution", "GroupConvolution"), "linear": ("MatMul",)}
 RUN = {"conv": ("Convolution",), "linear": ("FullyConnected", "MatMul")}

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from edgepack.plan import Plan
 
 Array = np.ndarray[Any, Any]
+BITS = 8  # of an activation, where the dialect has no fewer
 INT32 = 2**31 - 1
 OFF_TIES = 1 + 1 / 4096  # 0.1 · 5 steps would be halfway between two; 255 steps are still the nearest to 255
 LEAST_STEP = 1e-30
@@ -203,12 +204,15 @@ class _Writer:
         known = self._entry(node).get("range") if node in self.names else None
         if known is None:
             raise Unsupported(f"the plan has no range for what {reader.name} reads", "compress again")
+        if known["bits"] < BITS and not self.dialect.narrow:
+            raise Unsupported(f"this format has no activations of {known['bits']} bits ({reader.name} reads them)",
+                              "activation_bits = 8 in quantize, or export to onnx, openvino or c")  # fmt: skip
         while word(node) in self.dialect.early and self._alone(node.args[0]):
             node = node.args[0]
         step = None
-        if word(node) in self.dialect.same_step and node.args[0] in self.grids:
+        if word(node) in self.dialect.same_step and node.args[0] in self.grids and known["bits"] == BITS:
             step = float(np.float32(self.grids[node.args[0]].step * OFF_TIES))
-        self.grids.setdefault(node, self.dialect.grid(known["low"], known["high"], step))
+        self.grids.setdefault(node, self.dialect.grid(known["low"], known["high"], step, known["bits"]))
 
     def _alone(self, node: Node) -> bool:
         """Whether one operator reads a value, and it may be rounded for that."""
@@ -219,7 +223,7 @@ class _Writer:
 
         operators = torch.ops.quantized_decomposed
         kind = torch.int8 if self.dialect.signed else torch.uint8
-        how = (grid.step, grid.zero, self.dialect.lowest, self.dialect.highest, kind)
+        how = (grid.step, grid.zero, grid.lowest, grid.highest, kind)
         users = [user for user in node.users if self._reads_integers(user, node)]
         with self.module.graph.inserting_after(node):
             stored = self.module.graph.call_function(operators.quantize_per_tensor.default, (node, *how))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from edgepack.contracts import Census, Exporter, Graph
 from edgepack.export._dialects import lower_float
+from edgepack.export._narrow import clipping, has_narrow
 from edgepack.export._onnx_census import census
 from edgepack.export._onnx_form import LIMIT_BYTES, to_onnx
 from edgepack.export._onnx_integer import TARGETS, fused, here, hold_integers, name_pools
@@ -83,7 +84,10 @@ class Onnx(Exporter):
         forms = TARGETS[self.target].forms
         packed = simulation.dialect in forms.values() and packs(self.weights, simulation) and bool(planned(simulation))
         opset = max(self.opset, PACKED_OPSET) if packed else self.opset
-        model = to_onnx(simulation, opset, translations() if simulation.dialect == forms["dynamic"] else None)
+        words = (
+            translations() if simulation.dialect == forms["dynamic"] else clipping() if has_narrow(simulation) else {}
+        )
+        model = to_onnx(simulation, opset, words)
         if simulation.dialect == forms["dynamic"]:
             use_integer_products(model)
         if simulation.dialect != forms["static"] and simulation.dialect in forms.values():

@@ -19,6 +19,7 @@ from edgepack.artifact import reserve
 from edgepack.contracts import Census, Exporter, Graph
 from edgepack.errors import Unsupported, require
 from edgepack.export._dialects import exact_half, lower_float
+from edgepack.export._narrow import narrow
 from edgepack.export._onnx_form import to_onnx
 from edgepack.export._openvino_dynamic import describe, require_rounding, simulated, unrounded
 from edgepack.export._openvino_integer import OPENVINO, drop_zeros, hold_integers, set_group
@@ -83,6 +84,7 @@ class Openvino(Exporter):
         if integers:
             drop_zeros(model)
             regroup(ov, model)
+            narrow(ov, model, simulation)
         if packed:
             pack(ov, model)
         if simulation.dialect in (OPENVINO.forms["float"], OPENVINO.forms["dynamic"]):
