@@ -63,7 +63,8 @@ def simulated(graph: Graph, plan: Plan, dialect: Dialect) -> Graph:
     if not fitting:
         return simulation
     group = next(size for size in GROUPS if all(rows[name] % size == 0 for name in fitting))
-    return replace(_rounding(simulation, plan, fitting, group), dialect=dialect.forms["dynamic"])
+    linear = {name: entry for name, entry in plan.nodes.items() if entry["operator"] == "linear"}
+    return replace(_rounding(simulation, replace(plan, nodes=linear), fitting, group), dialect=dialect.forms["dynamic"])
 
 
 def unrounded(simulation: Graph) -> tuple[Graph, int]:
@@ -124,6 +125,7 @@ def _columns(node: Node) -> int:
 
 
 def _rounding(simulation: Graph, plan: Plan, names: Collection[str], group: int) -> Graph:
+    """``plan``: of linear layers alone: others may be gone or have another form in a simulation."""
     module = simulation.program.module(check_guards=False)
     rounded: dict[Node, Node] = {}
     for node, name in aligned(module, plan).items():

@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from _samples import Samples  # noqa: E402
+from edgepack import models  # noqa: E402
 from edgepack.artifact import Artifact  # noqa: E402
 from edgepack.compress.quantize import Quantize  # noqa: E402
 from edgepack.compressing import compress  # noqa: E402
@@ -161,6 +162,19 @@ def test_rows_that_no_group_divides_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match=sentence) as caught:
         Openvino().lower(made.graph, made.plan)
     assert caught.value.hint == "activations = 'static' in quantize"
+
+
+@pytest.mark.slow
+def test_operators_on_weights_alone_may_be_gone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    models.prepare_torchvision()
+    network = pytest.importorskip("timm").create_model("convnext_atto", num_classes=10).eval()
+    values = np.random.default_rng(0).standard_normal((4, 3, 32, 32)).astype(np.float32)
+    task = Task((Input("x", (1, 3, 32, 32)),), calibration=Samples(values))  # type: ignore[arg-type]
+    compress(network, task, [Quantize(activations="dynamic", explain=False)], tmp_path, Silent())
+    found = Source.open(tmp_path / "compressed")
+    assert "reshape" in {entry["operator"] for entry in found.plan.nodes.values()}
+    assert Openvino().lower(found.graph, found.plan).dialect.startswith("d8")
 
 
 def test_convolutions_alone_read_ranges_from_calibration(tmp_path: Path) -> None:
