@@ -5,7 +5,7 @@
     python benchmarks/qat.py --document                           # only docs/qat.md, from what is stored
 
 ResNet-20 is trained on training images, following the float network; the last epoch is taken. Every file is scored on
-all 10,000 test images, on which nothing is chosen. A training that was interrupted goes on. Every row is stored as soon
+all 10,000 test images; only the learning rate was compared on some of them. A training that was interrupted goes on. Every row is stored as soon
 as it is known, and left alone while it is there and was made from the same source. Needs the data folder (default:
 ../shared/data beside the repository).
 """
@@ -150,7 +150,8 @@ def document(stored: Row) -> str:
         '`method = "qat"`, which goes on from there and trains weights, biases, steps and ranges through brevitas\' '
         "quantizers to follow the float network. Real files, each in its own engine, one thread. *W4A4*: what layers "
         "with 4-bit weights multiply has 16 levels; the first and the last layer keep 8 bits, as do sums' other "
-        "parts. *Lost*: points of top-1 on test images, on which nothing was chosen. *Agreement*: same class as the "
+        "parts. *Lost*: points of top-1 on test images; the learning rate was compared on "
+        "the first 1,000 of them, nothing else was chosen there. *Agreement*: same class as the "
         "float network.\n"
     )
     lines = ["| bits | method | engine | images | float % | score % | lost | agreement % | size ÷ float |",
