@@ -6,8 +6,8 @@
 
 ResNet-20 is trained on training images, following the float network; the last epoch is taken. Every file is scored on
 all 10,000 test images; only the learning rate was compared on some of them. A training that was interrupted goes on.
-Every row is stored as soon as it is known, and left alone while it is there and was made from the same source. Needs the data folder (default:
-../shared/data beside the repository).
+Every row is stored as soon as it is known, and left alone while it is there and was made from the same source. Needs
+the data folder (default: ../shared/data beside the repository).
 """
 
 from __future__ import annotations
