@@ -58,7 +58,7 @@ from edgepack.versions import versions
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("onnx", "openvino")
 PACKAGES = ("torch", "onnxruntime", "openvino")
-CALIBRATION, TRAINING, CALIBRATION_INT8 = 512, 4000, 64
+CALIBRATION, TRAINING, CALIBRATION_INT8 = 512, 20000, 64
 ROLES = ("before", "after", "by energy")
 NAN = Ratio(float("nan"), float("nan"), float("nan"), "", "not run", float("nan"))
 
@@ -98,7 +98,7 @@ CASES = {
         Factorize(method="tucker", macs_ratio=0.5, latency_ratio=0.67, targets=TARGETS),
     ),
 }  # fmt: skip
-TUNE = Tune(epochs=4, lr=0.02, batch=64, held_out=300)
+TUNE = Tune(epochs=6, lr=0.02, batch=64, held_out=300)
 
 
 @dataclass
