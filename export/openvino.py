@@ -87,7 +87,7 @@ class Openvino(Exporter):
             narrow(ov, model, simulation)
         if packed:
             pack(ov, model)
-        if simulation.dialect in (OPENVINO.forms["float"], OPENVINO.forms["dynamic"]):
+        if packed or simulation.dialect in (OPENVINO.forms["float"], OPENVINO.forms["dynamic"]):
             set_group(model, group)
         _name(ov, model, simulation)
         if self.normalize:
