@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "benchmarks" / "results" / "wave.json"
 DOCUMENT, PICTURE = ROOT / "docs" / "wave.md", ROOT / "docs" / "wave.png"
 NAMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
-SIZE, PAST, CHANNELS, KERNEL, RANK = 32, 3, 16, 5, 4
+SIZE, PAST, CHANNELS, KERNEL, FORM, RANK = 32, 3, 16, 5, "cp", 32
 TRAINING, TEST = 1000, 200
 TUNE = Tune(epochs=12, lr=4e-3, optimizer="adamw", batch=20, teacher="none", norms="eval", held_out=50)
 ITEM = Input("frames", (1, PAST, SIZE, SIZE), layout="NCHW")
@@ -102,7 +102,7 @@ def train(name: str, work: Path) -> None:
         module = tune(Predictor().eval(), learning, run, TUNE)
         counts = [sum(value.numel() for value in module.parameters())] * 2
     else:
-        born = Factorize(when="before-training", rank=RANK, targets=(), tune=TUNE)
+        born = Factorize(when="before-training", method=FORM, rank=RANK, targets=(), tune=TUNE)
         module = born.apply(Predictor().eval(), learning, run)
         counts = run.findings["products"]["parameters"]
     torch.save(module, work / f"{name}.pt")
@@ -196,7 +196,7 @@ def document(stored: Mapping[str, Any]) -> str:
         "Written by `python benchmarks/wave.py` from `benchmarks/results/wave.json`; do not edit.", "",
         f"From {PAST} frames of a vibrating membrane ({SIZE} × {SIZE} points, leap-frog solution of the wave "
         f"equation, random Gaussian bumps) the next frame. Four convolutions of {KERNEL} × {KERNEL}, {CHANNELS} "
-        "channels; the small network's kernels are products of one-way filters (`factorize`, before training, 3-way, "
+        f"channels; the small network's kernels are products of one-way filters (`factorize`, before training, {FORM}, "
         f"rank {RANK}). Both were trained alike on {TRAINING:,} membranes; relative L2 on {TEST} others.", "",
         "| network | parameters | relative L2 | training s |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
