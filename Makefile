@@ -12,8 +12,8 @@ ROOMS := compress export runtimes devices deploy
 TYPES := build/types/edgepack
 # torch alone first: where a CPU build is at hand pip takes it and keeps it
 TORCH := torch==2.13.0
-# these two name a torch build in their requirements that pip would replace ours by
-ZOO := torchvision==0.28.0 timm==1.0.31
+# these name a torch build in their requirements that pip would replace ours by, or other versions than litert-torch
+ZOO := torchvision==0.28.0 timm==1.0.31 brevitas==0.13.4 unfoldNd==0.2.3 dependencies==2.0.1
 
 .PHONY: help setup demo test check lint types slow clean
 
