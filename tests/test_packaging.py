@@ -78,7 +78,8 @@ def test_extras_are_named_as_the_parts_that_need_them() -> None:
     assert {"compress", "all", "dev"} <= set(extras)
     every = re.search(r"edgepack\[(.*)\]", extras["all"][0])
     assert every is not None
-    assert set(every.group(1).split(",")) == set(extras) - {"all", "dev", "zoo", "tensorrt-run"}  # TensorRT needs a GPU
+    # TensorRT needs a GPU; pip finds no versions of brevitas and of the others that go together
+    assert set(every.group(1).split(",")) == set(extras) - {"all", "dev", "zoo", "tensorrt-run", "qat"}
 
 
 @pytest.mark.parametrize("path", IN_ROOMS, ids=name)
