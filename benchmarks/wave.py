@@ -77,7 +77,7 @@ def far(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def task() -> Task:
     data = [Arrays((ITEM,), {"frames": x}, y) for x, y in (
-        waves.samples(TRAINING, SIZE, PAST, seed=0), waves.samples(TEST, SIZE, PAST, seed=1))]  # fmt: skip
+        waves.samples(TRAINING, SIZE, PAST, seed=0), waves.samples(TEST, SIZE, PAST, seed=2))]  # fmt: skip
     metric = Metric(name="relative L2", score=waves.relative_l2, higher_is_better=False)
     return Task(
         (ITEM,), training=data[0], evaluation=data[1], metric=metric, loss=Loss(name="relative L2", compute=far)
@@ -197,7 +197,8 @@ def document(stored: Mapping[str, Any]) -> str:
         f"From {PAST} frames of a vibrating membrane ({SIZE} × {SIZE} points, leap-frog solution of the wave "
         f"equation, random Gaussian bumps) the next frame. Four convolutions of {KERNEL} × {KERNEL}, {CHANNELS} "
         f"channels; the small network's kernels are products of one-way filters (`factorize`, before training, {FORM}, "
-        f"rank {RANK}). Both were trained alike on {TRAINING:,} membranes; relative L2 on {TEST} others.", "",
+        f"rank {RANK}). Both were trained alike on {TRAINING:,} membranes; relative L2 on {TEST} others, "
+        "not those on which form and rank were chosen.", "",
         "| network | parameters | relative L2 | training s |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
     lines += [f"| {name} | {row['parameters']:,} | {row['relative_l2']:.4f} | {row['seconds']:.0f} |"

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -104,8 +105,10 @@ class Apriori(nn.Module):
         return [first.reshape(groups, rank, inputs), *space, last.squeeze(-1)]
 
 
-class AprioriConv1d(Apriori):
-    """``nn.Conv1d`` with a form and a rank in front of its other options."""
+class AprioriConv(Apriori):
+    """A convolution over ``axes`` axes, with a form and a rank in front of the options that PyTorch's has."""
+
+    axes: ClassVar[int]
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int], form: str = "3-way", rank: int = 1,
@@ -113,31 +116,25 @@ class AprioriConv1d(Apriori):
         groups: int = 1, bias: bool = True,
     ) -> None:  # fmt: skip
         options = (kernel_size, stride, padding, dilation)
-        super().__init__(_stage(1, in_channels, out_channels, options, groups, bias), form, rank)
+        super().__init__(_stage(self.axes, in_channels, out_channels, options, groups, bias), form, rank)
 
 
-class AprioriConv2d(Apriori):
-    """``nn.Conv2d`` with a form and a rank in front of its other options."""
+class AprioriConv1d(AprioriConv):
+    """In the place of ``nn.Conv1d``."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int], form: str = "3-way", rank: int = 1,
-        stride: int | Sequence[int] = 1, padding: int | Sequence[int] | str = 0, dilation: int | Sequence[int] = 1,
-        groups: int = 1, bias: bool = True,
-    ) -> None:  # fmt: skip
-        options = (kernel_size, stride, padding, dilation)
-        super().__init__(_stage(2, in_channels, out_channels, options, groups, bias), form, rank)
+    axes = 1
 
 
-class AprioriConv3d(Apriori):
-    """``nn.Conv3d`` with a form and a rank in front of its other options."""
+class AprioriConv2d(AprioriConv):
+    """In the place of ``nn.Conv2d``."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int], form: str = "3-way", rank: int = 1,
-        stride: int | Sequence[int] = 1, padding: int | Sequence[int] | str = 0, dilation: int | Sequence[int] = 1,
-        groups: int = 1, bias: bool = True,
-    ) -> None:  # fmt: skip
-        options = (kernel_size, stride, padding, dilation)
-        super().__init__(_stage(3, in_channels, out_channels, options, groups, bias), form, rank)
+    axes = 2
+
+
+class AprioriConv3d(AprioriConv):
+    """In the place of ``nn.Conv3d``."""
+
+    axes = 3
 
 
 def factor_shapes(dense: Stage, form: Form) -> list[tuple[int, ...]]:

@@ -12,7 +12,6 @@ from edgepack.compress._binary import Binary, Signs
 from edgepack.compress._trees import ROOT, Tree, distances, spanning_tree
 
 RAMP = (0.2, 0.6)  # the term grows from nothing to its weight between these parts of the training
-REFRESHES = 20  # times the trees are grown again
 
 
 def signs_of(layer: Binary) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
@@ -28,15 +27,17 @@ class TreePull:
     """Pulls each channel towards its parent in the layer's tree, or all of them towards their majority.
 
     The term is the mean over layers of (places in which channels differ) / (channels × places); its gradient reaches
-    only latent weights that differ, and small ones change sign first. Trees are grown again as the weights change.
+    only latent weights that differ, and small ones change sign first. Trees are grown again with each epoch: where a
+    killed training goes on, so that it goes on with the same ones.
 
     Args:
         to: ``tree``, or ``centre`` for the majority of all channels: cheaper, a bound of the tree's length.
         weight: of the term, once it is fully grown.
+        epochs: of the training.
     """
 
-    def __init__(self, layers: Sequence[Binary], to: str, weight: float) -> None:
-        self.layers, self.to, self.weight = layers, to, weight
+    def __init__(self, layers: Sequence[Binary], to: str, weight: float, epochs: int) -> None:
+        self.layers, self.to, self.weight, self.epochs = layers, to, weight, epochs
         self.share, self.grown = 0.0, -1
         self.wanted: list[tuple[Tensor, Tensor]] = []
 
@@ -44,9 +45,9 @@ class TreePull:
         """To be called before each step."""
         low, high = RAMP
         self.share = min(max((progress - low) / (high - low), 0.0), 1.0)
-        period = int(progress * REFRESHES + 1e-6)
-        if self.share > 0 and period != self.grown:
-            self.grown = period
+        epoch = int(progress * self.epochs + 1e-6)
+        if self.share > 0 and epoch != self.grown:
+            self.grown = epoch
             self.wanted = [self._pairs(layer) for layer in self.layers]
 
     def loss(self) -> Tensor:

@@ -37,6 +37,7 @@ MODEL = "model.xml"
 FUSED_SHARE = 0.05
 BYTES_PER_NODE = 2048  # of XML; real files take about half
 OPSET = 20
+REPORTING = ("convert_impl", "telemetry_utils", "utils")  # modules of the converter that report
 # Kept whole by ONNX and unrolled step by step by OpenVINO's own reader of PyTorch programs.
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
@@ -106,7 +107,7 @@ class Openvino(Exporter):
 
 def _convert(ov: Any, graph: Graph, fuse: bool = True) -> Any:
     try:
-        with warnings.catch_warnings(), _quiet_root():
+        with warnings.catch_warnings(), _quiet_root(), _unreported():
             warnings.simplefilter("ignore")
             if graph.dialect in OPENVINO.forms.values():
                 # Its reader of ONNX makes FakeQuantize of the pairs, that of PyTorch programs does not.
@@ -141,6 +142,21 @@ def _quiet_root() -> Iterator[None]:
     finally:
         root.removeFilter(drop)
         root.removeHandler(silence)
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """OpenVINO's converter reports each use to its maker, unasked, from a process that it forks: not here."""
+    nobody = require("openvino.tools.ovc.telemetry_stub", "openvino")
+    modules: list[Any] = [require(f"openvino.tools.ovc.{name}", "openvino") for name in REPORTING]
+    reporters = [module.tm for module in modules]
+    for module in modules:
+        module.tm = nobody
+    try:
+        yield
+    finally:
+        for module, reporter in zip(modules, reporters, strict=True):
+            module.tm = reporter
 
 
 def _recurrent(graph: Graph) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +24,6 @@ from edgepack.progress import Silent
 from edgepack.task import Input, Task
 
 SHAPE = (1, 5, 9, 8)  # of networks in 8 bits
-
-
-class Network(nn.Module):
-    """A function of layers and inputs."""
-
-    def __init__(self, function: Callable, *layers: nn.Module) -> None:
-        super().__init__()
-        self.function, self.layers = function, nn.ModuleList(layers)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function(*self.layers, x)
 
 
 class Everything(nn.Module):

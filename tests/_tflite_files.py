@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from _networks import Pair
+from _networks import Network, Pair
 from edgepack import parts
 from edgepack.artifact import Artifact, Manifest, describe_files
 from edgepack.contracts import Census, Exporter, Graph, Runtime
@@ -23,17 +23,6 @@ from edgepack.task import Input, Task
 
 Written = tuple[Artifact, Graph, Census]
 IMAGE = (Input("x", (1, 8, 12, 10), layout="NCHW"),)
-
-
-class Network(nn.Module):
-    """Layers, and a function of them and the input."""
-
-    def __init__(self, function: Callable, *layers: nn.Module) -> None:
-        super().__init__()
-        self.function, self.layers = function, nn.ModuleList(layers)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function(*self.layers, x)
 
 
 class Normed(nn.Module):

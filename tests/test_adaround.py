@@ -11,8 +11,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor  # noqa: E402
 
+from _networks import Chain  # noqa: E402
 from _samples import Samples  # noqa: E402
 from edgepack.compress._adaround import AdaRound, row_errors, settled  # noqa: E402
 from edgepack.compress._gptq import round_in_turn  # noqa: E402
@@ -117,16 +118,6 @@ def test_without_time_rows_are_still_no_worse_and_it_is_said() -> None:
     assert (row_errors(weight, found, moments) <= row_errors(weight, in_turn, moments)).all()
     assert rounding.cut == 1
     assert "0 s did not suffice for 1 of them" in rounding.sentence()
-
-
-class Chain(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 9, 3), nn.Linear(9, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c(torch.relu(self.b(torch.relu(self.a(x)))).mean((2, 3)))
 
 
 def made(folder: Path, **options: Any) -> tuple[float, PassRun]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,28 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[nn.Modu
     }
 
 
+def test_interrupted_while_trees_are_pulled_it_goes_on_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"mst_weight": 2.0, "tune": replace(TUNE, epochs=3)}
+    calm, _ = binarized(tmp_path / "calm", **options)
+    advance = TreePull.advance
+
+    def stop(self: TreePull, progress: float) -> None:
+        if progress > 0.8:
+            raise KeyboardInterrupt
+        advance(self, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TreePull, "advance", stop)
+        with pytest.raises(KeyboardInterrupt):
+            binarized(tmp_path / "killed", **options)
+    resumed, run = binarized(tmp_path / "killed", **options)
+    assert any("went on after epoch 2" in note for note in run.notes)
+    wanted = calm.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in resumed.state_dict().items())
+
+
 def test_sign_has_two_values_and_the_published_gradient() -> None:
     sign = Sign(torch.tensor(0.5), 2.0)
     x = torch.tensor([-3.0, -0.5, 0.5, 1.0, 9.0], requires_grad=True)
@@ -124,7 +147,7 @@ def test_costs_are_the_formulas(trained: dict[str, tuple[nn.Module, PassRun]]) -
 
 def test_the_term_counts_what_differs_along_the_tree() -> None:
     layer = Binary(nn.Conv2d(4, 6, 3, bias=False), torch.zeros(4), 1.0, shortcut=False)
-    pull = TreePull([layer], "tree", 3.0)
+    pull = TreePull([layer], "tree", 3.0, epochs=4)
     pull.advance(0.1)
     assert pull.loss() == 0
     pull.advance(1.0)

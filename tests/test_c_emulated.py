@@ -14,7 +14,8 @@ torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
 
 from torch import nn  # noqa: E402
 
-from _c_files import Everything, Network, captured, compressed, drawn, write  # noqa: E402
+from _c_files import Everything, captured, compressed, drawn, write  # noqa: E402
+from _networks import Network  # noqa: E402
 from edgepack.artifact import Artifact  # noqa: E402
 from edgepack.contracts import Graph  # noqa: E402
 from edgepack.graph import run_graph  # noqa: E402

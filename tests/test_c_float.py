@@ -15,8 +15,8 @@ if shutil.which("cc") is None:
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
-from _c_files import Network, captured, drawn, engine, worst, write  # noqa: E402
-from _networks import resnet20  # noqa: E402
+from _c_files import captured, drawn, engine, worst, write  # noqa: E402
+from _networks import Network, resnet20  # noqa: E402
 from edgepack.contracts import Graph  # noqa: E402
 from edgepack.divergence import first_divergence  # noqa: E402
 from edgepack.errors import InputError, MissingExtra, Unsupported  # noqa: E402

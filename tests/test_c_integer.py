@@ -16,7 +16,8 @@ if shutil.which("cc") is None:
 
 from torch import nn  # noqa: E402
 
-from _c_files import Everything, Network, answers, compressed, drawn, engine, write  # noqa: E402
+from _c_files import Everything, answers, compressed, drawn, engine, write  # noqa: E402
+from _networks import Network  # noqa: E402
 from edgepack.artifact import Artifact  # noqa: E402
 from edgepack.contracts import Graph  # noqa: E402
 from edgepack.errors import Unsupported  # noqa: E402

@@ -16,7 +16,8 @@ if shutil.which("cc") is None:
 
 from torch import nn  # noqa: E402
 
-from _c_files import Network, captured, engine, write  # noqa: E402
+from _c_files import captured, engine, write  # noqa: E402
+from _networks import Network  # noqa: E402
 from edgepack.artifact import Artifact  # noqa: E402
 from edgepack.export._c_files import kernels, sanitized  # noqa: E402
 from edgepack.graph import capture  # noqa: E402

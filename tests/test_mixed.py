@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("scipy")
 from torch import Tensor, nn  # noqa: E402
 
+from _networks import Chain  # noqa: E402
 from _samples import Samples  # noqa: E402
 from edgepack import reporting  # noqa: E402
 from edgepack.artifact import Artifact  # noqa: E402
@@ -37,18 +38,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:F
 PLAIN: dict[str, Any] = {"equalize": False, "bias_correct": False, "rounding": "nearest"}
 ALONE = {"a": 3 * 6 * 9, "b": 6 * 9 * 9, "c": 9 * 5}  # values of each weight
 VALUES = sum(ALONE.values()) + 6 + 9 + 5
-
-
-class Chain(nn.Module):
-    """Three layers of different sizes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 9, 3), nn.Linear(9, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c(torch.relu(self.b(torch.relu(self.a(x)))).mean((2, 3)))
 
 
 class Twice(nn.Module):

@@ -82,3 +82,15 @@ def test_the_shortcut_is_rounded_around_zero_and_the_pool_reads_integers(made: A
 def _source(made: Artifact) -> tuple:
     source = Source.open(made.folder.parent / "compressed")
     return source.graph, source.plan
+
+
+def test_the_converter_reports_to_nobody(made: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float files and integer ones are read by different readers; neither may start what calls home."""
+    telemetry = pytest.importorskip("openvino_telemetry")
+    asked: list[str] = []
+    for name in ("init", "send_event", "send_error", "start_session"):
+        monkeypatch.setattr(telemetry.Telemetry, name, lambda *_, name=name, **__: asked.append(name))
+    folder = made.folder.parent
+    for precision in ("plan", "float32"):
+        export(folder, [Openvino(name=f"{precision}-unreported", precision=precision)], Silent())
+    assert not asked

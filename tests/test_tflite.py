@@ -20,7 +20,8 @@ pytest.importorskip("ai_edge_litert", reason="pip install 'edgepack[tflite-run]'
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from _tflite_files import CASES, Network, Normed, apply, arrays_for, engine, graph_of, maker, worst, write  # noqa: E402
+from _networks import Network  # noqa: E402
+from _tflite_files import CASES, Normed, apply, arrays_for, engine, graph_of, maker, worst, write  # noqa: E402
 from edgepack import parts  # noqa: E402
 from edgepack.artifact import Artifact, describe_files  # noqa: E402
 from edgepack.contracts import Exporter, Graph  # noqa: E402

@@ -17,7 +17,8 @@ schema = pytest.importorskip("ai_edge_litert.schema_py_generated", reason="pip i
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from _tflite_files import IMAGE, Network, graph_of, maker, worst, write  # noqa: E402
+from _networks import Network  # noqa: E402
+from _tflite_files import IMAGE, graph_of, maker, worst, write  # noqa: E402
 from edgepack.artifact import Artifact  # noqa: E402
 from edgepack.export._tflite_census import partitions  # noqa: E402
 from edgepack.graph import capture  # noqa: E402
