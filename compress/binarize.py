@@ -59,13 +59,14 @@ class Binarize(Pass):
     def check(self, module: nn.Module, task: Task) -> None:
         """Refuse a name in ``layers`` that no layer has, and training without data."""
         from edgepack.compress._graph import named
+        from edgepack.compress._tune_feed import training_data
 
         paths = [path for path, _ in module.named_modules(remove_duplicate=False) if path]
         for pattern in self.layers:
             if not any(named(path, [pattern]) for path in paths):
                 raise InputError(f"binarize: layers: no layer is called {pattern!r}", nearest(pattern, paths))
-        if self.tune is not None and task.training is None:
-            raise InputError("binarize: the task has no training data", "add training = {data = …} to [task]")
+        if self.tune is not None:
+            training_data(task)
 
     def apply(self, module: nn.Module, task: Task, run: Run) -> nn.Module:
         from edgepack.compress._binarizing import Binarizing
