@@ -122,7 +122,7 @@ class Watch:
 
     def _hook(self, path: str) -> Any:
         def keep(layer: nn.Module, inputs: Any, result: Any) -> None:
-            self.seen[path] = result
+            self.seen[path] = result.float() if result.dtype == torch.bfloat16 else result
 
         return keep
 

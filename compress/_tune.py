@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 OPTIMIZERS = {"sgd": 0.01, "adamw": 1e-3}  # with the learning rate that is used where none is given
 NORMS = ("tune", "eval", "train")
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,8 @@ class Tune:
         labels: use the data's targets; without them only the teacher is followed.
         norms: batch norms ``tune`` (running statistics stay, merged with the layer before them in each step: the
             gradients of ``eval`` in less memory), ``eval``, or ``train`` (statistics of the batch).
+        precision: of the arithmetic in training: ``float32``, or ``bfloat16`` for convolutions and matrix products,
+            which is faster where the processor has it; weights, their updates, losses and scores stay float32.
         held_out: samples on which the best epoch is chosen, and as many others on which it is reported, out of the
             evaluation data (else of the training data); 0: the last epoch is taken.
         patience: stop after this many epochs without a better one; None: never.
@@ -71,13 +74,14 @@ class Tune:
     feature_weight: float = 1.0
     labels: bool = True
     norms: str = "tune"
+    precision: str = "float32"
     held_out: int = 1000
     patience: int | None = None
     minutes: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, words in (("optimizer", tuple(OPTIMIZERS)), ("norms", NORMS)):
+        for name, words in (("optimizer", tuple(OPTIMIZERS)), ("norms", NORMS), ("precision", PRECISIONS)):
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} is one of {', '.join(words)}, not {getattr(self, name)!r}; "
                                  f"{nearest(str(getattr(self, name)), words)}")  # fmt: skip

@@ -77,7 +77,8 @@ class Lesson:
     def plain(self, samples: Samples) -> Tensor:
         """The loss of the outputs alone: labels and teacher."""
         settings = self.training.settings
-        outputs = flatten(self.training.module(*samples.inputs))
+        learning = torch.is_grad_enabled()
+        outputs = self._outputs(self.training.module, samples, learning)
         share = 0.0 if self.teacher is None else settings.share if self.loss is not None else 1.0
         total = torch.zeros(())
         if self.loss is not None and share < 1:
@@ -85,9 +86,15 @@ class Lesson:
             total = total + (1 - share) * self.loss(outputs[self.output], samples.targets)
         if self.teacher is not None:
             with torch.no_grad():
-                wanted = flatten(self.teacher(*samples.inputs))
+                wanted = self._outputs(self.teacher, samples, learning)
             total = total + share * matching(outputs, wanted, self.scores, settings.temperature)
         return total
+
+    def _outputs(self, network: nn.Module, samples: Samples, learning: bool) -> list[Tensor]:
+        half = learning and self.training.settings.precision == "bfloat16"
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            outputs = flatten(network(*samples.inputs))
+        return [one.float() if one.dtype == torch.bfloat16 else one for one in outputs]
 
     def whole(self, samples: Samples) -> Tensor:
         """Everything that a step makes smaller."""

@@ -62,6 +62,28 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
     return module
 
 
+@pytest.mark.parametrize("features", [(), ("3",)])
+def test_bfloat16_computes_layers_in_it_and_everything_else_in_float(
+    tmp_path: Path, teacher: nn.Module, features: tuple[str, ...]
+) -> None:
+    scores, seen = {}, {"bfloat16": set[tuple[bool, Any]](), "float32": set[tuple[bool, Any]]()}
+    for precision in seen:
+        module, of = net(), task()
+        run = job(tmp_path / precision, teacher, of)
+        hook = module[5].register_forward_hook(
+            lambda layer, inputs, result, own=seen[precision]: own.add((torch.is_grad_enabled(), result.dtype))
+        )
+        tune(module, of, run, Tune(epochs=4, lr=0.1, batch=32, precision=precision, features=features))
+        hook.remove()
+        scores[precision] = run.findings["tune"]["report"]["value"]
+        assert {value.dtype for value in module.parameters()} == {torch.float32}
+    assert seen["bfloat16"] == {(True, torch.bfloat16), (False, torch.float32)}
+    assert seen["float32"] == {(True, torch.float32), (False, torch.float32)}
+    assert scores["bfloat16"] == pytest.approx(scores["float32"], abs=0.05)
+    assert scores["bfloat16"] > 0.8
+
+
+
 def accuracy(module: nn.Module, of: Task) -> float:
     (batch,) = of.evaluation.batches(1000)
     with torch.no_grad():
