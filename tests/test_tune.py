@@ -83,7 +83,6 @@ def test_bfloat16_computes_layers_in_it_and_everything_else_in_float(
     assert scores["bfloat16"] > 0.8
 
 
-
 def accuracy(module: nn.Module, of: Task) -> float:
     (batch,) = of.evaluation.batches(1000)
     with torch.no_grad():
