@@ -147,7 +147,7 @@ def test_a_network_is_born_small_and_learns(tmp_path: Path) -> None:
 
 
 def test_the_faster_form_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def time(self: PassRun, modules: Sequence[nn.Module], task: Task, format: str) -> list[float]:
+    def time(self: PassRun, modules: Sequence[nn.Module], task: Task, format: str, then: Any) -> list[float]:
         return [1.0, 0.5 if task.inputs[0].shape[1] == 3 else 2.0]
 
     monkeypatch.setattr(PassRun, "time", time)
