@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from edgepack import parts
 from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, Parity, describe_files, write_text
 from edgepack.compressing import BASELINE, PassRun
-from edgepack.contracts import INTEGERS, Contender, Device, Exporter, Pass, Runtime, Settings
+from edgepack.contracts import Contender, Device, Exporter, Pass, Runtime, Settings
 from edgepack.errors import DeviceError, EdgepackError, InputError, MissingExtra, Unsupported
 from edgepack.measurement import Profile
 from edgepack.parity import check, engine_for, least_of, runtime_for

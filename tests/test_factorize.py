@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,12 @@ torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
 pytest.importorskip("scipy", reason="pip install 'edgepack[factorize]'")
 from torch import nn  # noqa: E402
 
-from edgepack import profiling  # noqa: E402
+from edgepack import profiling, reporting  # noqa: E402
 from edgepack.compress._macs import macs  # noqa: E402
 from edgepack.compress._stages import CONVOLUTIONS  # noqa: E402
 from edgepack.compress._tune import Tune  # noqa: E402
 from edgepack.compress.factorize import Factorize  # noqa: E402
-from edgepack.compressing import PassRun  # noqa: E402
+from edgepack.compressing import PassRun, compress  # noqa: E402
 from edgepack.contracts import INTEGERS, Pass  # noqa: E402
 from edgepack.data import Arrays  # noqa: E402
 from edgepack.errors import BudgetError, InputError, Unsupported  # noqa: E402
@@ -164,6 +165,21 @@ def test_a_layer_that_is_not_faster_stays_dense(tmp_path: Path, monkeypatch: pyt
     assert rows["5"]["form"] == "dense"
     assert rows["5"]["why"] == "no form of it is faster"
     assert rows["9"]["form"] == "channel-svd"
+
+
+def test_the_report_shows_ranks_errors_and_times(tmp_path: Path, asked: list[tuple[str, int]]) -> None:
+    compress(net(), TASK, [Factorize(rank=0.5)], tmp_path / "out", Silent())
+    data = reporting.build(tmp_path / "out")
+    (step,) = data["compressed"]["manifest"]["history"]
+    found = step["findings"]["factors"]
+    rows = {row["layer"]: row for row in found["layers"]}
+    reporting.write_html(data, tmp_path / "report.html")
+    page = re.sub(r"\s*<[^>]*>\s*", "|", (tmp_path / "report.html").read_text(encoding="utf-8"))
+    dense, own = rows["5"]["ms"]["onnx"]
+    assert f"|5||tucker||16×16||{rows['5']['error']:.4f}||{dense:.3f} → {own:.3f} ms|" in page
+    assert "|11||dense: no rank saves a tenth of its multiply-accumulates||–||0.0000|" in page
+    (predicted, measured) = (found["targets"]["onnx"][key] for key in ("predicted", "measured"))
+    assert f"|onnx||{predicted:.3f}||{measured['value']:.3f} [" in page
 
 
 def test_layers_of_one_shape_are_timed_once_and_remembered(tmp_path: Path, asked: list[tuple[str, int]]) -> None:
