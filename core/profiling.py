@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from edgepack import parts
 from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, Parity, describe_files, write_text
-from edgepack.compressing import BASELINE, PassRun
-from edgepack.contracts import Contender, Device, Exporter, Pass, Runtime, Settings
+from edgepack.compressing import BASELINE, GOLDEN_SAMPLES, PassRun
+from edgepack.contracts import INTEGERS, Contender, Device, Exporter, Pass, Runtime, Settings
 from edgepack.errors import DeviceError, EdgepackError, InputError, MissingExtra, Unsupported
 from edgepack.measurement import Profile
 from edgepack.parity import check, engine_for, least_of, runtime_for
@@ -164,14 +164,15 @@ def write_module(module: nn.Module, task: Task, folder: Path, format: str, plan:
     exporter = parts.find(Exporter, format)()
     simulation = exporter.lower(capture(module, task), plan or Plan())
     exporter.write(simulation, folder)
-    inputs = task.samples(1)
+    integer = simulation.dialect.startswith(INTEGERS)
+    inputs = task.samples(GOLDEN_SAMPLES if integer else 1)
     answers = run_graph(simulation, inputs)
     golden = Golden(inputs, answers, answers)
     golden.save(folder / GOLDEN)
     parity = Parity("not run", least_db=least_of(simulation, golden))
     manifest = Manifest(format, folder.name, simulation.dialect, simulation.inputs, simulation.outputs, parity=parity)
     manifest = replace(manifest, files=describe_files(folder))
-    if parity.least_db is not None:
+    if integer:
         artifact = Artifact(folder, manifest)
         manifest = replace(manifest, parity=check(artifact, engine_for(artifact, None)))
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

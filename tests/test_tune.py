@@ -292,6 +292,18 @@ def test_without_evaluation_data_training_samples_are_held_out(tmp_path: Path, t
     assert "loss" in run.notes[-1]
 
 
+def test_epochs_are_chosen_by_the_loss_where_the_samples_were_learnt_from(tmp_path: Path, teacher: nn.Module) -> None:
+    of = replace(task(count=400), evaluation=None)
+    run = job(tmp_path, teacher, of)
+    tune(shaken(teacher), of, run, Tune(epochs=3, batch=32))
+    found = run.findings["tune"]
+    choices = [row["choice"] for row in found["epochs"]]
+    assert found["report"]["metric"] == "top1"
+    assert max(choices) < 0  # losses
+    assert found["kept"] == max(range(4), key=lambda epoch: choices[epoch])
+    assert min(choices) < max(choices)
+
+
 def test_agreement_is_judged_against_the_original(tmp_path: Path, teacher: nn.Module) -> None:
     of = replace(task(labels=False), metric=metrics.find("agreement", Path()))
     run = job(tmp_path, teacher, of)
