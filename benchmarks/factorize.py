@@ -98,7 +98,7 @@ def in_8_bits(target: str) -> Case:
 CASES = {
     "resnet32": Case(
         "ResNet-32, CIFAR-10", resnet32,
-        Factorize(method="auto", latency_ratio={"onnx": 0.67, "openvino": 0.72}, targets=TARGETS),
+        Factorize(method="auto", latency_ratio={"onnx": 0.7, "openvino": 0.74}, targets=TARGETS),
     ),
     "resnet50": Case(
         "ResNet-50, random weights", resnet50,
@@ -106,7 +106,7 @@ CASES = {
     ),
     **{f"resnet32-int8-{target}": in_8_bits(target) for target in TARGETS},
 }  # fmt: skip
-TUNE = Tune(epochs=16, lr=0.04, batch=64, held_out=300, precision="bfloat16")
+TUNE = Tune(epochs=14, lr=0.05, batch=64, held_out=300, precision="bfloat16", norms="train")
 
 
 @dataclass
