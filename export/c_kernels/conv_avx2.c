@@ -40,6 +40,11 @@ TARGET static INLINE V v_min(V a, V b) { return _mm256_min_ps(a, b); }
         (count > 1 ? NAME(tile_6_1) : NAME(tile_1_1)) arguments;
 #include "conv_f32.h"
 
+#define SPARSE_MOST(block) ((block) == 4 ? 2 : 4)
+#define SPARSES SPARSE(1, 4) SPARSE(1, 3) SPARSE(1, 2) SPARSE(1, 1) SPARSE(2, 4) SPARSE(2, 3) SPARSE(2, 2) SPARSE(2, 1) \
+            SPARSE(4, 2) SPARSE(4, 1)
+#include "planes_f32.h"
+
 #define UNIT 8
 #define UNITS 1
 #define INTEGER_PIXELS 4

@@ -39,6 +39,11 @@ TARGET static INLINE V v_min(V a, V b) { return _mm512_min_ps(a, b); }
         (count > 4 ? NAME(tile_8_1) : count > 1 ? NAME(tile_4_1) : NAME(tile_1_1)) arguments;
 #include "conv_f32.h"
 
+#define SPARSE_MOST(block) 4
+#define SPARSES SPARSE(1, 4) SPARSE(1, 3) SPARSE(1, 2) SPARSE(1, 1) SPARSE(2, 4) SPARSE(2, 3) SPARSE(2, 2) SPARSE(2, 1) \
+            SPARSE(4, 4) SPARSE(4, 3) SPARSE(4, 2) SPARSE(4, 1)
+#include "planes_f32.h"
+
 #define UNIT 16
 #define UNITS 2
 #define INTEGER_PIXELS 8

@@ -46,6 +46,12 @@ static INLINE V v_min(V a, V b) { return vminq_f32(a, b); }
         (count > 1 ? NAME(tile_6_1) : NAME(tile_1_1)) arguments;
 #include "conv_f32.h"
 
+#define SPARSE_MOST(block) ((block) == 4 ? 4 : 8)
+#define SPARSES SPARSE(1, 8) SPARSE(1, 7) SPARSE(1, 6) SPARSE(1, 5) SPARSE(1, 4) SPARSE(1, 3) SPARSE(1, 2) SPARSE(1, 1) \
+            SPARSE(2, 8) SPARSE(2, 7) SPARSE(2, 6) SPARSE(2, 5) SPARSE(2, 4) SPARSE(2, 3) SPARSE(2, 2) SPARSE(2, 1) \
+            SPARSE(4, 4) SPARSE(4, 3) SPARSE(4, 2) SPARSE(4, 1)
+#include "planes_f32.h"
+
 #define UNIT 4
 #define UNITS 4
 #define INTEGER_PIXELS 4

@@ -88,6 +88,10 @@ static INLINE V v_fma(V x, V y, V z)
 #define CHOOSE(count, vectors, arguments) (count > 1 ? NAME(tile_2_1) : NAME(tile_1_1)) arguments;
 #include "conv_f32.h"
 
+#define SPARSE_MOST(block) ((block) == 1 ? 2 : 1)
+#define SPARSES SPARSE(1, 2) SPARSE(1, 1) SPARSE(2, 1) SPARSE(4, 1)
+#include "planes_f32.h"
+
 #include "rounding.h"
 
 #define UNIT 4
