@@ -10,8 +10,9 @@ reads in the other. The cheapest choice is a minimum cut (Greig, Porteous and Se
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,9 @@ FEW = 4  # inputs of each group, up to which there is a kernel in planes
 WALKS = ("unary_f32", "binary_f32", "copy")  # take any layout, fast where all values have the same
 
 # In multiplications of the dense kernel; measured (docs/sparse_c.md).
-TRANSPOSED = 40.0  # one value
-DEPTHWISE_LAST, DEPTHWISE_PLANES, WINDOW_PLANES = 3.0, 3.0, 1.5  # one multiplication
+TRANSPOSED = 50.0  # one value; by a step that copies anyway, or between steps that would else become one:
+ON_THE_WAY, UNFUSED = 0.9 * TRANSPOSED, 1.1 * TRANSPOSED
+DEPTHWISE, FEW_LAST, FEW_PLANES = 3.0, 1.5, 2.2  # one multiplication; in planes, depthwise times the stride
 
 
 @dataclass(eq=False)
@@ -89,9 +91,9 @@ def _candidate(network: Network, step: Step) -> Candidate | None:
         return None if padding else Candidate(step, source, (), macs, planes)
     if weight.shape[1] > FEW or slide.stride[0] > slide.size[0] * slide.dilation[0]:
         return None
-    depthwise = step.kernel == "depthwise_f32"
-    factors = (DEPTHWISE_LAST, DEPTHWISE_PLANES) if depthwise else (1.0, WINDOW_PLANES)
-    return Candidate(step, source, padding, factors[0] * macs, factors[1] * macs)
+    depthwise = (DEPTHWISE, DEPTHWISE * slide.stride[1])
+    last, planes = depthwise if step.kernel == "depthwise_f32" else (FEW_LAST, FEW_PLANES)
+    return Candidate(step, source, padding, last * macs, planes * macs)
 
 
 def _unpadded(network: Network, step: Step) -> tuple[View, Sequence[Step]]:
@@ -152,8 +154,8 @@ def _edges(
     for candidate in candidates:
         yield "planes", candidate.step, candidate.last
         yield candidate.step, "last", candidate.planes
-        for view in (candidate.source, candidate.step.output):
-            yield candidate.step, _side(view, movable), TRANSPOSED * view.count
+        yield candidate.step, _side(candidate.source, movable), TRANSPOSED * candidate.source.count
+        yield candidate.step, _side(candidate.step.output, movable), UNFUSED * candidate.step.output.count
     padding = {step for candidate in candidates for step in candidate.padding}
     mine = {candidate.step for candidate in candidates}
     for step in network.steps:
@@ -161,10 +163,13 @@ def _edges(
         if step in mine or step in padding or _global_mean(step):
             continue
         if step.kernel in IMAGES:
-            yield from (("last", _side(view, movable), TRANSPOSED * view.count) for view in images)
+            for view in images:
+                paid = UNFUSED if view is step.output else TRANSPOSED
+                yield "last", _side(view, movable), paid * view.count
         elif step.kernel in WALKS:
-            pairs = zip(images, images[1:], strict=False)
-            yield from ((_side(a, movable), _side(b, movable), TRANSPOSED * b.count) for a, b in pairs)
+            paid = ON_THE_WAY if step.kernel == "copy" else UNFUSED
+            for one, other in itertools.pairwise(images):
+                yield _side(one, movable), _side(other, movable), paid * other.count
 
 
 def _image(view: View) -> bool:
@@ -215,8 +220,7 @@ def _last(view: View) -> bool:
 def _into_planes(network: Network, candidate: Candidate) -> None:
     """Compute a convolution in planes."""
     step = candidate.step
-    source = candidate.source if not candidate.padding else candidate.padding[-1].inputs[0]
-    source = step.inputs[0] if not candidate.padding else source
+    source = candidate.padding[-1].inputs[0] if candidate.padding else step.inputs[0]
     for other in candidate.padding:
         network.steps.remove(other)
     needs_arena = candidate.sparse and source.buffer.place != "arena"  # it reads whole vectors
@@ -251,7 +255,7 @@ def _copied(network: Network, step: Step, source: View, target: View) -> View:
 def _written(network: Network, step: Step, target: View) -> None:
     """Let a step write elsewhere, and copy from there to where it wrote."""
     place, old = network.steps.index(step), step.output
-    step.output = replace(target, order=target.order)
+    step.output = target
     network.steps.insert(place + 1, Step("copy", step.name, [target], old))
 
 

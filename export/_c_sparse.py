@@ -14,7 +14,7 @@ from edgepack.export._c_graph import Array
 from edgepack.export._c_pack import rounded
 
 BLOCKS = (1, 2, 4)  # outputs
-FURTHEST = 255  # planes from one column to the next, in one byte; what lies behind is reached over a column of zeros
+SPAN = 256  # inputs of one part: a strip of their pixels stays in the nearest caches, and steps fit in one byte
 VECTOR = 16  # pixels, of the widest instruction set
 
 
@@ -24,19 +24,17 @@ class Columns:
 
     Attributes:
         block: outputs that share their zeros.
-        behind: planes from one column to the next, each row of blocks from plane 0 on.
+        parts: all outputs of the first ``SPAN`` inputs, then those of the next.
+        behind: planes from one column to the next, each row of blocks from plane 0 of its part on.
         counts: columns of each row of blocks.
         weights: ``block`` of each column.
     """
 
     block: int
+    parts: int
     behind: Array
     counts: Array
     weights: Array
-
-    @property
-    def stored(self) -> int:
-        return int(self.weights.size)
 
 
 def columns(weight: Array, block: int) -> Columns:
@@ -44,31 +42,26 @@ def columns(weight: Array, block: int) -> Columns:
     outputs, inputs = weight.shape
     whole = np.zeros((rounded(outputs, block), inputs), np.float32)
     whole[:outputs] = weight
+    starts = range(0, inputs, SPAN)
     behind, counts, values = [], [], []
-    for rows in whole.reshape(-1, block, inputs):
-        places = _reachable(np.flatnonzero(rows.any(0)))
-        behind.append(np.diff(places, prepend=0))
-        counts.append(places.size)
-        values.append(rows[:, places].T.reshape(-1))
+    for start in starts:
+        for rows in whole[:, start : start + SPAN].reshape(len(whole) // block, block, -1):
+            places = np.flatnonzero(rows.any(0))
+            behind.append(np.diff(places, prepend=0))
+            counts.append(places.size)
+            values.append(rows[:, places].T.reshape(-1))
     return Columns(
         block,
+        len(starts),
         np.concatenate(behind).astype(np.uint8),
         np.array(counts, np.uint16),
         np.concatenate(values).astype(np.float32),
     )
 
 
-def _reachable(places: Array) -> Array:
-    """Places with more between those that are too far apart."""
-    ends = [0, *places.tolist()]
-    between = [np.arange(start, stop, FURTHEST)[1:] for start, stop in zip(ends, ends[1:], strict=False)]
-    found: Array = np.union1d(places, np.concatenate([np.empty(0, np.int64), *between])).astype(np.int64)
-    return found
-
-
 # What a multiplication costs in planes over one of the dense kernel, channels last; measured (docs/sparse_c.md).
-COST = {1: 1.7, 2: 1.3, 4: 1.1}
-PER_OUTPUT = 6.0  # multiplications that beginning and storing one output of one pixel is worth
+COST = {1: 1.7, 2: 1.15, 4: 1.1}
+PER_OUTPUT = 5.0  # multiplications that beginning and storing one output of one pixel is worth
 
 
 def cost(weight: Array, pixels: int, block: int) -> float:

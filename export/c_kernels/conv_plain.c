@@ -36,6 +36,8 @@ static INLINE V v_load(const float *p)
     return v;
 }
 
+static INLINE V v_fetch(const float *p) { return v_load(p); }
+
 static INLINE V v_some(const float *p, int n)
 {
     const V v = {p[0], n > 1 ? p[1] : 0.0f, n > 2 ? p[2] : 0.0f, 0.0f};
@@ -81,6 +83,18 @@ static INLINE V v_fma(V x, V y, V z)
 {
     const V r = {multiply_add(x.a, y.a, z.a), multiply_add(x.b, y.b, z.b), multiply_add(x.c, y.c, z.c),
                  multiply_add(x.d, y.d, z.d)};
+    return r;
+}
+
+static INLINE V v_even(V v, V w)
+{
+    const V r = {v.a, v.c, w.a, w.c};
+    return r;
+}
+
+static INLINE V v_odd(V v, V w)
+{
+    const V r = {v.b, v.d, w.b, w.d};
     return r;
 }
 

@@ -16,30 +16,36 @@ typedef struct {
 /* A convolution of single pixels whose zero weights are left out. Inputs and `add` are read in whole vectors.
  *
  * `block` outputs share their zeros; each row of blocks is a count of columns, and for each of them how many planes it
- * lies behind the one before (the first: behind plane 0), and `block` weights. */
+ * lies behind the one before (the first: behind plane 0), and `block` weights. Many inputs come in parts, so that the
+ * pixels of one part stay in the nearest cache: all outputs of the first `span` planes, then those of the next. */
 typedef struct {
     nn_planes ends;
-    int pixels, block;
+    int pixels, block, parts, span;
 } nn_sparse;
 
-/* A convolution of planes, a few inputs for each output. `scratch` holds rows of the inputs between zeros, taken apart
- * into every stride-th column: nn_window_scratch floats. */
+typedef struct {
+    const uint16_t *counts;
+    const uint8_t *behind;
+    const float *weights, *bias; /* biases are 0 after the first part */
+} nn_columns;
+
+/* A convolution of planes, a few inputs for each output. Scratch holds rows of a group's inputs between zeros, taken
+ * apart into every stride-th column. */
 typedef struct {
     nn_planes ends;
     int in_height, in_width, height, width;
     int groups, inputs; /* of each group */
     int rows, columns, stride_row, stride_column, dilation_row, dilation_column, top, left;
-    int pitch, band; /* of scratch: floats per row, rows of the result computed at once */
+    int band;                  /* rows of the result that are computed at once */
+    int pitch, plane, scratch; /* floats of a row of scratch, of every stride-th column of one input, of all */
 } nn_window;
 
-void nn_sparse_f32(const nn_sparse *p, const float *in, const uint8_t *behind, const uint16_t *counts,
-                   const float *weights, const float *bias, const float *add, float *out);
+void nn_sparse_f32(const nn_sparse *p, const nn_columns *c, const float *in, const float *add, float *out);
 void nn_window_f32(const nn_window *p, const float *in, const float *weights, const float *bias, const float *add,
                    float *scratch, float *out);
 
 #define NN_DECLARE_PLANES(level) \
-    void nn_sparse_##level(const nn_sparse *p, const float *in, const uint8_t *behind, const uint16_t *counts, \
-                           const float *weights, const float *bias, const float *add, float *out); \
+    void nn_sparse_##level(const nn_sparse *p, const nn_columns *c, const float *in, const float *add, float *out); \
     void nn_window_##level(const nn_window *p, const float *in, const float *weights, const float *bias, \
                            const float *add, float *scratch, float *out);
 NN_DECLARE_PLANES(plain)
