@@ -2,7 +2,7 @@
 
     python benchmarks/sparse_c.py --stages prepare --work FOLDER   # make all files first; nothing is timed
     python benchmarks/sparse_c.py --stages race --work FOLDER      # then time them, some seconds per row
-    python benchmarks/sparse_c.py --stages layers --work FOLDER    # single layers: does the rule choose the faster kernel?
+    python benchmarks/sparse_c.py --stages layers --work FOLDER    # single layers: is the faster kernel chosen?
     python benchmarks/sparse_c.py --stages document                # only the page, from what is stored
 
 MobileNetV1 (Howard et al., arXiv:1704.04861) as timm writes it, with random weights and statistics, and at a quarter of
@@ -30,8 +30,7 @@ from torch import nn
 
 from edgepack import models
 from edgepack.artifact import Artifact, write_text
-from edgepack.compressing import BASELINE, COMPRESSED, compress
-from edgepack.contracts import Exporter
+from edgepack.compressing import compress
 from edgepack.devices.host import Host
 from edgepack.export import _c_planes
 from edgepack.export._c_sparse import best_block, cost
@@ -177,8 +176,8 @@ def _rule(rows: Sequence[Row]) -> str:
         "Which kernel a 1×1 convolution gets is decided by a cost that is counted from its weights: columns of blocks "
         "with a weight that is not zero, outputs, pixels in whole vectors (`export/_c_sparse.py`). Here both kernels "
         "ran, microseconds, the least of 20 calls. *Expected*: the rule's ratio of sparse to dense. Choices that are "
-        f"slower by more than {CLOSE - 1:.0%} say so. Changes of layout around a layer are weighed besides, for the whole "
-        "network at once (`export/_c_planes.py`)."
+        f"slower by more than {CLOSE - 1:.0%} say so. Changes of layout around a layer are weighed besides, for the "
+        "whole network at once (`export/_c_planes.py`)."
     )
     heads = ["layer", "block", "zeros", "dense µs", "sparse µs", "sparse ÷ dense", "expected", "choice"]
     return _section("Dense or sparse", text, _table(heads, cells()))
