@@ -71,7 +71,7 @@ class Born:
         }  # fmt: skip
 
     def _ms(self, target: str, spot: Spot, form: Form) -> list[float]:
-        watch = Stopwatch(self.run_)
+        watch = Stopwatch(self.run_, self.options.then)
         calls = [watch.layer(target, spot.dense, size, [form]) for size in spot.sizes]
         return [sum(times) for times in zip(*calls, strict=True)]
 
@@ -84,6 +84,9 @@ class Born:
             f"{whole - smaller:,} parameters were trained, dense {whole:,}; written as {chains} chains and "
             f"{len(rows) - chains} dense kernels"
         )
-        measured = {target: asdict(self.run_.measure(module, None, target)) for target in self.options.targets}
+        measured = {
+            target: asdict(self.run_.measure(module, None, target, self.options.then))
+            for target in self.options.targets
+        }
         trained = {"parameters": [whole, whole - smaller], "targets": measured}
         self.run_.record("products", {**trained, "layers": list(rows)})

@@ -83,7 +83,7 @@ class Factorizing:
             timed = [replace(option, ms=tuple(row[index] for row in rows)) for index, option in enumerate(spot.options)]
             spot.options = timed[:1] + [option for option in timed[1:] if _faster(option, timed[0])]
             if wanted and len(spot.options) == 1:
-                spot.why = "no form of it is faster"
+                spot.why = "no form of it is faster" + (" in 8 bits" if self.options.then else "")
             step(1)
 
     def _ms(self, target: str, spot: Spot) -> list[float]:
@@ -94,7 +94,7 @@ class Factorizing:
 
     @cached_property
     def watch(self) -> Stopwatch:
-        return Stopwatch(self.run_)
+        return Stopwatch(self.run_, self.options.then)
 
     def _budgets(self, module: nn.Module) -> list[Budget]:
         """Those of the options."""
@@ -153,8 +153,8 @@ class Factorizing:
 
     def _measured(self, target: str, networks: Sequence[nn.Module], predicted: float) -> dict[str, Any]:
         before, after, rival = networks
-        ratio = self.run_.measure(after, before, target)
-        beside = self.run_.measure(after, rival, target)
+        ratio = self.run_.measure(after, before, target, self.options.then)
+        beside = self.run_.measure(after, rival, target, self.options.then)
         self.run_.note(
             f"{target}: {ratio.value:.3f} × the latency [{ratio.low:.3f}, {ratio.high:.3f}], predicted "
             f"{predicted:.3f}; {beside.value:.3f} × that of ranks by energy with as many multiply-accumulates"

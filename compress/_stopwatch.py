@@ -7,15 +7,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import nn
 
 from edgepack.compress._stages import DENSE, Form, Stage, chain_module, stages
+from edgepack.data import Arrays
 from edgepack.task import Input, Task
 
 if TYPE_CHECKING:
-    from edgepack.contracts import Run
+    from edgepack.contracts import Pass, Run
 
 FILE = "times.json"
+SAMPLES = 8  # that passes on the way take ranges from; times do not depend on them
 
 
 @dataclass(eq=False)
@@ -27,10 +30,12 @@ class Stopwatch:
     was killed while it trained chooses the same ranks again.
 
     Attributes:
+        then: passes that networks go through before they are timed.
         seen: JSON of target, layer, size and form → ms.
     """
 
     run: Run
+    then: Sequence[Pass] = ()
     seen: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -42,7 +47,7 @@ class Stopwatch:
         """Of the dense layer, then of each form."""
         keys, networks, task = self.wanted(target, dense, size, forms)
         if any(key not in self.seen for key in keys):
-            self.remember(zip(keys, self.run.time(networks, task, target), strict=True))
+            self.remember(zip(keys, self.run.time(networks, task, target, self.then), strict=True))
         return [self.seen[key] for key in keys]
 
     def wanted(
@@ -58,7 +63,7 @@ class Stopwatch:
         """Of a whole network before it is changed."""
         key = self.key(target)
         if key not in self.seen:
-            self.remember([(key, self.run.time([module], None, target)[0])])
+            self.remember([(key, self.run.time([module], None, target, self.then)[0])])
         return self.seen[key]
 
     def remember(self, times: Iterable[tuple[str, float]]) -> None:
@@ -77,4 +82,6 @@ class Stopwatch:
 def _task(dense: Stage, size: Sequence[int]) -> Task:
     """For a network that is the layer alone."""
     shape = (1, dense.inputs, *size) if dense.kernel else (1, *size, dense.inputs)
-    return Task((Input("x", shape, dynamic=()),))
+    item = Input("x", shape, dynamic=())
+    noise = np.random.default_rng(0).standard_normal((SAMPLES, *shape[1:]), dtype=np.float32)
+    return Task((item,), calibration=Arrays((item,), {"x": np.maximum(noise, 0)}, None, True))

@@ -52,7 +52,7 @@ class Tune:
         precision: of the arithmetic in training: ``float32``, or ``bfloat16`` for convolutions and matrix products,
             which is faster where the processor has it; weights, their updates, losses and scores stay float32.
         held_out: samples on which the best epoch is chosen, and as many others on which it is reported, out of the
-            evaluation data (else of the training data); 0: the last epoch is taken.
+            evaluation data, by the task's metric (else of the training data, by the loss); 0: the last epoch is taken.
         patience: stop after this many epochs without a better one; None: never.
         minutes: stop when they are over, with the best epoch so far; fewer epochs, all of them done, are better.
         seed: of the order of samples, augmentation, and whatever is random in the network.

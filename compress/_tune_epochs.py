@@ -60,7 +60,7 @@ class Epochs:
         if not own and metric is not None and not metric.needs_original:
             metric = metric if self.lesson.loss is not None else None
         watched = replace(feed, data=data)
-        judge = Judge(self.module, watched, choose, report, metric, self.run.original, self.lesson.plain)
+        judge = Judge(self.module, watched, choose, report, metric, self.run.original, self.lesson.plain, not own)
         return feed if own else replace(feed, rows=rest), judge
 
     def _identity(self) -> str:

@@ -30,6 +30,8 @@ class Judge:
         feed: of the held-out samples.
         choose, report: rows of the two halves.
         metric: None: by ``loss``, the smaller the better.
+        known: the held-out samples are training data, which the original may know by heart: its metric on them says
+            little, so epochs are chosen by ``loss``, which follows the teacher.
         original: whose outputs are the targets of metrics that compare with it.
     """
 
@@ -40,6 +42,7 @@ class Judge:
     metric: Metric | None
     original: nn.Module
     loss: Callable[[Samples], Tensor]
+    known: bool = False
 
     @property
     def name(self) -> str:
@@ -47,40 +50,47 @@ class Judge:
 
     def choice(self) -> float:
         """Score on the half that choices are made on; the higher, the better."""
-        found = self._reduce(self._statistics(self.choose))
-        return found if self.metric is not None and self.metric.higher_is_better else -found
+        metric = None if self.known else self.metric
+        found = _reduce(self._statistics(self.choose, metric), metric)
+        return found if metric is not None and metric.higher_is_better else -found
 
     def verdict(self) -> dict[str, Any]:
         """Score on the other half, as the report writes it."""
-        rows = self._statistics(self.report)
+        rows = self._statistics(self.report, self.metric)
         low, high = (None, None) if self.metric is None else self.metric.interval(rows)
-        return {"metric": self.name, "value": self._reduce(rows), "low": low, "high": high, "samples": len(rows)}
+        return {
+            "metric": self.name,
+            "value": _reduce(rows, self.metric),
+            "low": low,
+            "high": high,
+            "samples": len(rows),
+        }
 
-    def _reduce(self, rows: np.ndarray[Any, Any]) -> float:
-        return float(rows.mean()) if self.metric is None else self.metric.reduce(rows)
-
-    def _statistics(self, rows: Rows) -> np.ndarray[Any, Any]:
+    def _statistics(self, rows: Rows, metric: Metric | None) -> np.ndarray[Any, Any]:
         found = []
         with in_inference(self.network), torch.no_grad():
             for start in range(0, len(rows), self.feed.size):
                 for batch in self.feed.data.take(rows[start : start + self.feed.size].tolist()):
-                    found.append(self._batch(self.feed.tensors(batch)))
+                    found.append(self._batch(self.feed.tensors(batch), metric))
         return np.concatenate(found)
 
-    def _batch(self, samples: Samples) -> np.ndarray[Any, Any]:
-        if self.metric is None:
+    def _batch(self, samples: Samples, metric: Metric | None) -> np.ndarray[Any, Any]:
+        if metric is None:
             return np.full((samples.count, 1), float(self.loss(samples)))
-        outputs = self._outputs(self.network, samples)
+        outputs = self._outputs(self.network, samples, metric)
         targets = samples.targets
-        if self.metric.needs_original:
-            targets = self._outputs(self.original, samples)
-        return self.metric.statistics(outputs.numpy(), None if targets is None else targets.numpy())
+        if metric.needs_original:
+            targets = self._outputs(self.original, samples, metric)
+        return metric.statistics(outputs.numpy(), None if targets is None else targets.numpy())
 
-    def _outputs(self, network: nn.Module, samples: Samples) -> Tensor:
-        assert self.metric is not None
+    def _outputs(self, network: nn.Module, samples: Samples, metric: Metric) -> Tensor:
         result = network(*samples.inputs)
-        index = output_index(output_names(network, result, self.feed.task), self.metric.output, self.metric.name)
+        index = output_index(output_names(network, result, self.feed.task), metric.output, metric.name)
         return flatten(result)[index]
+
+
+def _reduce(rows: np.ndarray[Any, Any], metric: Metric | None) -> float:
+    return float(rows.mean()) if metric is None else metric.reduce(rows)
 
 
 @contextmanager

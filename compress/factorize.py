@@ -19,6 +19,7 @@ METHODS = ("tucker", "cp", "spatial-svd", "channel-svd", "auto")
 FORMS = ("3-way", "2-way", "shared", "cp")
 WHEN = ("after-training", "before-training")
 BUDGETS = ("macs_ratio", "latency_ratio", "size_ratio")
+PRECISIONS = ("float32", "int8")
 EVBMF = "evbmf"
 
 
@@ -57,6 +58,8 @@ class Factorize(Pass):
         weaken: with ``evbmf``: this share of the ranks between its rank and the full one is added.
         multiple: ranks are multiples of this, as processors like them.
         targets: formats whose engines time the forms; with none, nothing is timed and every form is taken as faster.
+        precision: in which forms and networks are timed: ``float32``, or ``int8`` where ``quantize`` follows. Engines
+            gain less from fewer multiply-accumulates in 8 bits: fewer layers are worth factoring.
         leave: names of layers to leave alone, with ``*`` and ``?``; a name also covers what is inside it.
         tune: how to train afterwards; without it nothing is trained.
     """
@@ -73,6 +76,7 @@ class Factorize(Pass):
     weaken: float = 0.0
     multiple: int = 8
     targets: tuple[str, ...] = ("onnx",)
+    precision: str = "float32"
     leave: tuple[str, ...] = ()
     tune: Tune | None = None
 
@@ -83,6 +87,8 @@ class Factorize(Pass):
         if self.method not in (None, *methods):
             raise ValueError(f"method is one of {', '.join(methods)} {self.when.replace('-', ' ')}, not "
                              f"{self.method!r}; {nearest(str(self.method), methods)}")  # fmt: skip
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {' or '.join(map(repr, PRECISIONS))}, not {self.precision!r}")
         for name in ("targets", "leave"):
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(item, str) and item for item in value):
@@ -135,6 +141,13 @@ class Factorize(Pass):
         """Names of the budgets that were given."""
         return tuple(name for name in BUDGETS if getattr(self, name) is not None)
 
+    @property
+    def then(self) -> tuple[Pass, ...]:
+        """What networks go through before they are timed."""
+        from edgepack.compress.quantize import Quantize
+
+        return (Quantize(explain=False),) if self.precision == "int8" else ()
+
     def latency_limit(self, target: str) -> float | None:
         """The budget in one target."""
         found = self.latency_ratio
@@ -150,6 +163,8 @@ class Factorize(Pass):
                 raise InputError(f"factorize: leave: no layer is called {pattern!r}", nearest(pattern, paths))
         if self.tune is not None and task.training is None:
             raise InputError("factorize: tune: the task has no training data", "add training = {data = …} to [task]")
+        for item in self.then if self.targets else ():
+            item.check(module, task)
 
     def apply(self, module: nn.Module, task: Task, run: Run) -> nn.Module:
         from edgepack.compress._born import Born

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgepack.compress._tune import Tune
 from edgepack.contracts import Pass, Run
@@ -21,6 +21,11 @@ FOUR, LEAST_GROUP = 4, 16
 MIXED = (8, 4)  # bits that files have a type for
 ROUNDINGS = ("nearest", "gptq", "adaround")
 METHODS = ("ptq", "qat")
+# Published settings. CoDeNet (Dong et al., arXiv:2006.08357): 4-bit weights per channel, 8-bit activations in ranges
+# without outliers, the first layer in 8 bits, all trained on from the float network.
+PRESETS: dict[str, dict[str, Any]] = {
+    "codenet": {"weight_bits": 4, "activation_bits": 8, "calibrate": "percentile", "method": "qat"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,8 @@ class Quantize(Pass):
     scale per output channel); each exporter makes integers of it as its engine wants them.
 
     Attributes:
+        preset: published settings that take the place of options left out: ``codenet`` (4-bit weights, 8-bit
+            activations, ranges by percentile, trained on with ``qat``).
         bits: of weights and activations; 8, also when nothing is said.
         weight_bits: instead of ``bits``: of weights; 8 or 4. With 4, layers that read an input of the network keep 8:
             they hold few weights, and all else depends on them. A list, such as [8, 6, 4, 3], says what to choose
@@ -74,6 +81,7 @@ class Quantize(Pass):
 
     stage: ClassVar[int] = 90
 
+    preset: str | None = None
     bits: int | None = None
     weight_bits: int | tuple[int, ...] | None = None
     size_ratio: float | None = None
@@ -93,6 +101,7 @@ class Quantize(Pass):
     leave: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._take_preset()
         self._check_bits()
         self._check_mixture()
         self._check_method()
@@ -118,6 +127,17 @@ class Quantize(Pass):
         if isinstance(self.leave, str) or not all(isinstance(name, str) and name for name in self.leave):
             raise ValueError(f"leave is a list of layer names or patterns, not {self.leave!r}")
         object.__setattr__(self, "leave", tuple(self.leave))
+
+    def _take_preset(self) -> None:
+        if self.preset is None:
+            return
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset is {' or '.join(map(repr, PRESETS))}, not {self.preset!r}")
+        if self.bits is not None:
+            raise ValueError(f"preset = {self.preset!r} says how many bits: leave bits out")
+        for one in fields(self):
+            if one.name in PRESETS[self.preset] and getattr(self, one.name) == one.default:
+                object.__setattr__(self, one.name, PRESETS[self.preset][one.name])
 
     def _check_bits(self) -> None:
         for name in ("bits", "weight_bits", "activation_bits"):

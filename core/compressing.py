@@ -82,18 +82,22 @@ class PassRun:
     def progress(self, text: str, total: int | None = None) -> Callable[[int], None]:
         return self.watcher.start(text, total)
 
-    def measure(self, module: nn.Module, against: nn.Module | None = None, format: str = "onnx") -> Ratio:
+    def measure(
+        self, module: nn.Module, against: nn.Module | None = None, format: str = "onnx", then: Sequence[Pass] = ()
+    ) -> Ratio:
         from edgepack.profiling import time_modules
 
         pair = [self.original if against is None else against, module]
-        ratio = time_modules(pair, self.task, self.workdir, format)[1].ratio
+        ratio = time_modules(pair, self.task, self.workdir, format, then)[1].ratio
         assert ratio is not None  # the second of two contenders always has one
         return ratio
 
-    def time(self, modules: Sequence[nn.Module], task: Task | None = None, format: str = "onnx") -> list[float]:
+    def time(
+        self, modules: Sequence[nn.Module], task: Task | None = None, format: str = "onnx", then: Sequence[Pass] = ()
+    ) -> list[float]:
         from edgepack.profiling import time_modules
 
-        profiles = time_modules(modules, task or self.task, self.workdir, format)
+        profiles = time_modules(modules, task or self.task, self.workdir, format, then)
         return [float(profile.conditions["floor_ms"]) for profile in profiles]
 
 

@@ -126,10 +126,21 @@ class Run(Protocol):
     def progress(self, text: str, total: int | None = None) -> Callable[[int], None]:
         """Start a progress line; call the result with the number of steps just finished."""
 
-    def measure(self, module: nn.Module, against: nn.Module | None = None, format: str = "onnx") -> Ratio:
-        """Latency of ``module`` over ``against`` (default: the original), interleaved on this host."""
+    def measure(
+        self, module: nn.Module, against: nn.Module | None = None, format: str = "onnx", then: Sequence[Pass] = ()
+    ) -> Ratio:
+        """Latency of ``module`` over ``against`` (default: the original), interleaved on this host.
 
-    def time(self, modules: Sequence[nn.Module], task: Task | None = None, format: str = "onnx") -> list[float]:
+        Both are timed as passes ``then`` make them, which are applied to copies.
+        """
+
+    def time(
+        self,
+        modules: Sequence[nn.Module],
+        task: Task | None = None,
+        format: str = "onnx",
+        then: Sequence[Pass] = (),
+    ) -> list[float]:
         """Milliseconds of each module, from one interleaved run; ``task`` where they are not for the run's own."""
 
 

@@ -18,11 +18,11 @@ from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, Pari
 from edgepack.choosing import Choice, choose, decided, undecided
 from edgepack.collector import without_collection
 from edgepack.compressing import BASELINE, COMPRESSED, WORK
-from edgepack.contracts import FLOAT_LIMIT, INTEGERS, Exporter, Graph, Preprocessing, TensorSpec
+from edgepack.contracts import FLOAT_LIMIT, Exporter, Graph, Preprocessing, TensorSpec
 from edgepack.errors import DeviceError, EdgepackError, InputError, IntegrityError, MissingExtra, StepError, Unsupported
 from edgepack.front import to_front, with_front
-from edgepack.graph import fixed, load_graph, nudged, run_graph
-from edgepack.parity import least_db, max_relative, runtime_for
+from edgepack.graph import fixed, load_graph, run_graph
+from edgepack.parity import least_of, max_relative, runtime_for
 from edgepack.plan import Plan
 from edgepack.progress import Progress
 from edgepack.proof import hold_storage, prove
@@ -186,7 +186,7 @@ class _Stage:
                 float_size_bytes=source.manifest.float_size_bytes,
                 versions=versions(*PACKAGES),
                 fingerprint=fingerprint,
-                parity=Parity("not run yet", least_db=_least_db(simulation, golden)),
+                parity=Parity("not run yet", least_db=least_of(simulation, golden)),
             )
             hold_storage(simulation, census, f"{manifest.format} {manifest.name!r}")
             manifest = self._proved(temporary, manifest, source, simulation)
@@ -307,13 +307,6 @@ def _golden(source: Source, graph: Graph, simulation: Graph) -> Golden:
     raw = _raw(source, graph)
     inputs = to_front(source.golden.inputs, source.graph.inputs, graph.inputs, raw)
     return Golden(inputs, source.golden.original, run_graph(simulation, inputs), margins(simulation, inputs))
-
-
-def _least_db(simulation: Graph, golden: Golden) -> float | None:
-    """What an integer artifact must keep; None for float artifacts."""
-    if not simulation.dialect.startswith(INTEGERS):
-        return None
-    return least_db(golden.simulation, run_graph(nudged(simulation), golden.inputs))
 
 
 def _raw(source: Source, graph: Graph) -> dict[str, Array]:

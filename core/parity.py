@@ -11,7 +11,7 @@ import numpy as np
 
 from edgepack import parts
 from edgepack.artifact import Artifact, Golden, Parity
-from edgepack.contracts import INTEGERS, Arrays, Runtime, Session, TensorSpec
+from edgepack.contracts import INTEGERS, Arrays, Graph, Runtime, Session, TensorSpec
 from edgepack.errors import DeviceError, InputError, MissingExtra, ParityError, Unsupported
 from edgepack.samples import Array, compute, count, pick, take
 
@@ -182,6 +182,15 @@ def least_db(simulation: Arrays, nudged: Arrays) -> float:
     """
     own = _least(nudged, simulation)
     return INTEGER_DB if own is None else min(INTEGER_DB, own - ROUNDING_DB)
+
+
+def least_of(simulation: Graph, golden: Golden) -> float | None:
+    """What an integer artifact with this simulation must keep; None for float artifacts."""
+    from edgepack.graph import nudged, run_graph
+
+    if not simulation.dialect.startswith(INTEGERS):
+        return None
+    return least_db(golden.simulation, run_graph(nudged(simulation), golden.inputs))
 
 
 def same_integers(value: Array, reference: Array, least_db: float = INTEGER_DB) -> bool:

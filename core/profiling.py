@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import tempfile
@@ -11,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgepack import parts
-from edgepack.artifact import MANIFEST, Artifact, Golden, Manifest, describe_files, write_text
-from edgepack.compressing import BASELINE
-from edgepack.contracts import Contender, Device, Exporter, Runtime, Settings
+from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, Manifest, Parity, describe_files, write_text
+from edgepack.compressing import BASELINE, GOLDEN_SAMPLES, PassRun
+from edgepack.contracts import INTEGERS, Contender, Device, Exporter, Pass, Runtime, Settings
 from edgepack.errors import DeviceError, EdgepackError, InputError, MissingExtra, Unsupported
 from edgepack.measurement import Profile
-from edgepack.parity import engine_for, runtime_for
+from edgepack.parity import check, engine_for, least_of, runtime_for
 from edgepack.plan import Plan
 from edgepack.progress import Progress, Silent
 
@@ -125,33 +126,55 @@ def store(out: Path, profiles: Sequence[Profile]) -> None:
         path.unlink()
 
 
-def time_modules(modules: Sequence[nn.Module], task: Task, workdir: Path, format: str) -> list[Profile]:
+def time_modules(
+    modules: Sequence[nn.Module], task: Task, workdir: Path, format: str, then: Sequence[Pass] = ()
+) -> list[Profile]:
     """Latencies of modules as artifacts of one format on this host, one thread: what passes decide by.
 
-    Ratios are against the first.
+    Ratios are against the first. Copies of the modules go through the passes ``then`` before they are written.
 
     Raises:
         MissingExtra, DeviceError, Unsupported: the format cannot be written, or its engine cannot run, here.
     """
     with tempfile.TemporaryDirectory(dir=_made(workdir)) as folder:
-        artifacts = [write_module(item, task, Path(folder) / f"{n:03}", format) for n, item in enumerate(modules)]
+        artifacts = []
+        for number, item in enumerate(modules):
+            made, plan = applied(item, task, then, Path(folder) / "work")
+            artifacts.append(write_module(made, task, Path(folder) / f"{number:03}", format, plan))
         settings = Settings(max_seconds=max(LEAST_SECONDS, SECONDS_EACH * len(artifacts)), cold=False)
         return profile(artifacts, parts.find(Device, "host")(), None, settings, Silent())
 
 
-def write_module(module: nn.Module, task: Task, folder: Path, format: str) -> Artifact:
-    """A module as an artifact, with golden answers of its own simulation."""
+def applied(module: nn.Module, task: Task, passes: Sequence[Pass], work: Path) -> tuple[nn.Module, Plan]:
+    """What passes make of a copy of a module; the module itself where there are none."""
+    plan, found = Plan(), copy.deepcopy(module) if passes else module
+    for item in passes:
+        found = item.apply(found, task, PassRun(work, 0, plan, Silent(), module, task)).eval()
+    return found, plan
+
+
+def write_module(module: nn.Module, task: Task, folder: Path, format: str, plan: Plan | None = None) -> Artifact:
+    """A module as an artifact that may be timed, with golden answers of its own simulation.
+
+    How far an integer one is off its simulation in its engine is found out here.
+    """
     from edgepack.graph import capture, run_graph
 
     folder.mkdir(parents=True)
     exporter = parts.find(Exporter, format)()
-    simulation = exporter.lower(capture(module, task), Plan())
+    simulation = exporter.lower(capture(module, task), plan or Plan())
     exporter.write(simulation, folder)
-    inputs = task.samples(1)
+    integer = simulation.dialect.startswith(INTEGERS)
+    inputs = task.samples(GOLDEN_SAMPLES if integer else 1)
     answers = run_graph(simulation, inputs)
-    Golden(inputs, answers, answers).save(folder / "golden.npz")
-    manifest = Manifest(format, folder.name, "float32", simulation.inputs, simulation.outputs)
+    golden = Golden(inputs, answers, answers)
+    golden.save(folder / GOLDEN)
+    parity = Parity("not run", least_db=least_of(simulation, golden))
+    manifest = Manifest(format, folder.name, simulation.dialect, simulation.inputs, simulation.outputs, parity=parity)
     manifest = replace(manifest, files=describe_files(folder))
+    if integer:
+        artifact = Artifact(folder, manifest)
+        manifest = replace(manifest, parity=check(artifact, engine_for(artifact, None)))
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return Artifact.open(folder)
 

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from edgepack import _wording
+from edgepack._axes import axis as axis_of
+from edgepack._axes import place, ticks
+from edgepack._findings import findings
 from edgepack.artifact import MANIFEST, Artifact, write_text
 from edgepack.errors import InputError
 from edgepack.versions import versions
 
 SCHEMA = 1
 TEMPLATE = "report.html.j2"
-TICKS = 5
-LAYERS = 40  # of a table that is longer in the JSON document
 RATIO_MARKS = ((0.98, 1.02), (0.95, 1.05), (0.9, 1.1), (0.8, 1.25), (0.5, 2.0), (0.2, 5.0), (0.1, 10.0), (0.01, 100.0))
 Values = Mapping[str, Any]
 
@@ -75,9 +76,7 @@ def view(data: Values) -> dict[str, Any]:
         "sizes": _sizes(data),
         "measurements": [_measurement(group) for group in _groups(data["profiles"])],
         "devices": _devices(data["profiles"]),
-        "sensitivity": _sensitivity(data["compressed"]),
-        "mixed": _mixed(data["compressed"]),
-        "tokens": _tokens(data["compressed"]),
+        "found": findings(data["compressed"]),
     }
 
 
@@ -106,24 +105,6 @@ def headlines(data: Values) -> list[dict[str, str]]:
         found.append({"figure": f"{sum(checked)} of {len(checked)}", "what": "artifacts checked",
                       "more": "loaded again and compared with their golden answers"})  # fmt: skip
     return found
-
-
-def ticks(low: float, high: float, count: int = TICKS) -> list[float]:
-    """Round numbers that cover ``low`` to ``high``.
-
-    Example: 0.31 and 0.87 give 0.2, 0.4, 0.6, 0.8, 1.0.
-    """
-    span = high - low if high > low else max(abs(high), 1.0) * 0.1
-    raw = span / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, max(last, first + 1) + 1)]
-
-
-def place(value: float, low: float, high: float) -> float:
-    """Position in per cent, two decimals, kept inside the strip."""
-    return round(min(max(100 * (value - low) / (high - low), 0.0), 100.0), 2)
 
 
 def _artifact(out: Path, artifact: Artifact) -> dict[str, Any]:
@@ -169,7 +150,7 @@ def _scores(data: Values, original: Values | None) -> dict[str, Any] | None:
         rows.append({"name": name, "score": score, **at})
     first = rows[0]
     return {"metric": scored[0]["metric"], "unit": unit, "samples": scored[0].get("samples"), "rows": rows,
-            "axis": _axis(axis), "reference": first["this"] if original is not None and first["score"] else None,
+            "axis": axis_of(axis), "reference": first["this"] if original is not None and first["score"] else None,
             "higher_is_better": scored[0].get("higher_is_better", True)}  # fmt: skip
 
 
@@ -211,7 +192,7 @@ def _measurement(group: Sequence[Values]) -> dict[str, Any]:
         "title": f"{first['runtime']}, {first['threads']} thread{'' if first['threads'] == 1 else 's'}",
         "device": first["device"].get("processor") or first["device"].get("name") or "unnamed device",
         "rows": rows,
-        "axis": _axis(axis),
+        "axis": axis_of(axis),
         "ratios": _ratios([item for item in group if item["ratio"] is not None]),
         "energies": sorted({_wording.energy(item["energy"]) for item in group}),
     }
@@ -237,45 +218,6 @@ def _ratio_marks(reach: float) -> list[float]:
         if -math.log(below) <= reach and math.log(above / found[-1]) >= reach / 4:
             found = [below, *found, above]
     return found
-
-
-def _axis(values: Sequence[float]) -> list[dict[str, Any]]:
-    return [{"at": place(value, values[0], values[-1]), "text": f"{value:g}"} for value in values]
-
-
-def _sensitivity(compressed: Values | None) -> dict[str, Any] | None:
-    """Where rounding loses, worst layer first; bars of what each layer costs the outputs."""
-    steps = [] if compressed is None else compressed["manifest"]["history"]
-    found = next((step["findings"]["sensitivity"] for step in steps if "sensitivity" in step.get("findings", {})), None)
-    if found is None:
-        return None
-    axis = ticks(0.0, max([row["gain_db"] or 0.0 for row in found["layers"]] + [1.0]), count=3)
-    rows = [{**row, "to": place(row["gain_db"] or 0.0, 0, axis[-1])} for row in found["layers"][:LAYERS]]
-    return {**found, "rows": rows, "more": len(found["layers"]) - len(rows), "axis": _axis(axis)}
-
-
-def _mixed(compressed: Values | None) -> dict[str, Any] | None:
-    """The best mixtures of widths by size, and which one the layers have."""
-    steps = [] if compressed is None else compressed["manifest"]["history"]
-    found = next((step["findings"]["mixed"] for step in steps if "mixed" in step.get("findings", {})), None)
-    if found is None:
-        return None
-    rows = [{**row, "chosen": row["layers"] == found["chosen"]["layers"]} for row in found["table"]]
-    if not any(row["chosen"] for row in rows):
-        rows = sorted([*rows, {**found["chosen"], "chosen": True}], key=lambda row: float(row["size_ratio"]))
-    return {**found, "table": rows, "widths": list(found["chosen"]["layers"])}
-
-
-def _tokens(compressed: Values | None) -> dict[str, Any] | None:
-    """What a cut in the number of tokens keeps, block by block; bars of the attention that the kept ones hold."""
-    steps = [] if compressed is None else compressed["manifest"]["history"]
-    found = next((step["findings"]["tokens"] for step in steps if "tokens" in step.get("findings", {})), None)
-    if found is None:
-        return None
-    rows = [{**row, "to": place(row["attentiveness"], 0, 1)} for row in found["blocks"]]
-    if isinstance(found["keep_rate"], list):  # one for each cut
-        found = {**found, "keep_rate": ", ".join(map(str, found["keep_rate"]))}
-    return {**found, "rows": rows, "axis": _axis([0.0, 0.25, 0.5, 0.75, 1.0])}
 
 
 def _devices(profiles: Sequence[Values]) -> list[dict[str, str]]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
 
 from edgepack import losses  # noqa: E402
+from edgepack._findings import findings  # noqa: E402
 from edgepack.compress._apriori import (  # noqa: E402
     FORMS,
     Apriori,
@@ -144,10 +145,14 @@ def test_a_network_is_born_small_and_learns(tmp_path: Path) -> None:
         right = module(torch.from_numpy(batch.inputs["x"])).argmax(1).numpy() == batch.targets
     assert right.mean() > 0.9
     assert run.notes[-1].startswith("2 convolutions are products (3-way, rank 2): ")
+    shown = findings({"manifest": {"history": [{"findings": run.findings}]}})["products"]
+    assert shown is not None
+    assert [(row["layer"], row["ranks"], row["written"]) for row in shown["rows"]] == [
+        ("0", "2", "factored"), ("2", "2", "rebuilt")]  # fmt: skip
 
 
 def test_the_faster_form_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def time(self: PassRun, modules: Sequence[nn.Module], task: Task, format: str) -> list[float]:
+    def time(self: PassRun, modules: Sequence[nn.Module], task: Task, format: str, then: Any) -> list[float]:
         return [1.0, 0.5 if task.inputs[0].shape[1] == 3 else 2.0]
 
     monkeypatch.setattr(PassRun, "time", time)

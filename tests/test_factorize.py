@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,13 @@ torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
 pytest.importorskip("scipy", reason="pip install 'edgepack[factorize]'")
 from torch import nn  # noqa: E402
 
+from edgepack import profiling, reporting  # noqa: E402
 from edgepack.compress._macs import macs  # noqa: E402
 from edgepack.compress._stages import CONVOLUTIONS  # noqa: E402
 from edgepack.compress._tune import Tune  # noqa: E402
 from edgepack.compress.factorize import Factorize  # noqa: E402
-from edgepack.compressing import PassRun  # noqa: E402
-from edgepack.contracts import Pass  # noqa: E402
+from edgepack.compressing import PassRun, compress  # noqa: E402
+from edgepack.contracts import INTEGERS, Pass  # noqa: E402
 from edgepack.data import Arrays  # noqa: E402
 from edgepack.errors import BudgetError, InputError, Unsupported  # noqa: E402
 from edgepack.measurement import Ratio  # noqa: E402
@@ -49,13 +51,23 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     seen: list[tuple[str, int]] = []
 
     def time(
-        self: PassRun, modules: Sequence[nn.Module], task: Task | None = None, format: str = "onnx"
+        self: PassRun,
+        modules: Sequence[nn.Module],
+        task: Task | None = None,
+        format: str = "onnx",
+        then: Sequence[Pass] = (),
     ) -> list[float]:
         seen.append((format, len(modules)))
         (item,) = (task or self.task).inputs
         return [1e-3 * macs(module, (torch.zeros(item.shape),)) + 1.0 for module in modules]
 
-    def measure(self: PassRun, module: nn.Module, against: nn.Module | None = None, format: str = "onnx") -> Ratio:
+    def measure(
+        self: PassRun,
+        module: nn.Module,
+        against: nn.Module | None = None,
+        format: str = "onnx",
+        then: Sequence[Pass] = (),
+    ) -> Ratio:
         value = macs(module, (ONE,)) / macs(against or self.original, (ONE,))
         return Ratio(value, value, value, "a", "faster", value)
 
@@ -144,13 +156,30 @@ def test_a_layer_that_is_not_faster_stays_dense(tmp_path: Path, monkeypatch: pyt
         return [1.0, *(0.99 if slow else 0.5 for _ in modules[1:])]
 
     monkeypatch.setattr(
-        PassRun, "time", lambda self, modules, task=None, format="onnx": time(self, modules, task or TASK, format)
+        PassRun,
+        "time",
+        lambda self, modules, task=None, format="onnx", then=(): time(self, modules, task or TASK, format),
     )
     _, run = apply(net(), tmp_path, targets=["onnx", "openvino"])
     rows = layers(run)
     assert rows["5"]["form"] == "dense"
     assert rows["5"]["why"] == "no form of it is faster"
     assert rows["9"]["form"] == "channel-svd"
+
+
+def test_the_report_shows_ranks_errors_and_times(tmp_path: Path, asked: list[tuple[str, int]]) -> None:
+    compress(net(), TASK, [Factorize(rank=0.5)], tmp_path / "out", Silent())
+    data = reporting.build(tmp_path / "out")
+    (step,) = data["compressed"]["manifest"]["history"]
+    found = step["findings"]["factors"]
+    rows = {row["layer"]: row for row in found["layers"]}
+    reporting.write_html(data, tmp_path / "report.html")
+    page = re.sub(r"\s*<[^>]*>\s*", "|", (tmp_path / "report.html").read_text(encoding="utf-8"))
+    dense, own = rows["5"]["ms"]["onnx"]
+    assert f"|5||tucker||16×16||{rows['5']['error']:.4f}||{dense:.3f} → {own:.3f} ms|" in page
+    assert "|11||dense: no rank saves a tenth of its multiply-accumulates||–||0.0000|" in page
+    (predicted, measured) = (found["targets"]["onnx"][key] for key in ("predicted", "measured"))
+    assert f"|onnx||{predicted:.3f}||{measured['value']:.3f} [" in page
 
 
 def test_layers_of_one_shape_are_timed_once_and_remembered(tmp_path: Path, asked: list[tuple[str, int]]) -> None:
@@ -182,6 +211,39 @@ class Strange(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.twice(self.twice(self.mirror(self.odd(x)))).flatten(2).transpose(1, 2)
         return self.encoder(self.tied(x) @ self.tied.weight)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_forms_are_timed_on_the_engine_as_they_will_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    pytest.importorskip("onnxruntime", reason="pip install 'edgepack[onnx,onnx-run]'")
+    seen: list[str] = []
+    real = profiling.profile
+
+    def watched(artifacts: Sequence[Any], *rest: Any) -> Any:
+        seen.extend(artifact.manifest.dialect for artifact in artifacts)
+        return real(artifacts, *rest)
+
+    monkeypatch.setattr(profiling, "profile", watched)
+    monkeypatch.setattr(profiling, "LEAST_SECONDS", 0.3)
+    monkeypatch.setattr(profiling, "SECONDS_EACH", 0.1)
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten()).eval()
+    random = np.random.default_rng(0)
+    data = Arrays((ITEM,), {"x": random.standard_normal((8, 3, 12, 12)).astype(np.float32)}, None, True)
+    found, run = apply(original, tmp_path, Task((ITEM,), calibration=data), rank=0.25, precision=precision)
+    rows = layers(run)
+    dense, own = rows["2"]["ms"]["onnx"]
+    assert 0 < own < 2 * dense
+    assert {one.startswith(INTEGERS) for one in seen} == {precision == "int8"}
+    assert len(list(found.parameters())) >= 4
+    assert not run.plan.nodes
+
+
+def test_timing_in_8_bits_needs_calibration_data(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no calibration data"):
+        apply(net(), tmp_path, precision="int8")
 
 
 def test_layers_that_cannot_be_factored_are_named(tmp_path: Path) -> None:

@@ -120,3 +120,14 @@ def test_scale_of_few_levels_clips_rather_than_wastes() -> None:
 def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Quantize(**options)
+
+
+def test_a_preset_fills_in_what_is_left_out() -> None:
+    item = Quantize(preset="codenet")
+    assert (item.weight_bits, item.activation_bits, item.calibrate, item.method) == (4, 8, "percentile", "qat")
+    assert (item.form, item.rounding, item.training.optimizer) == ("static", "gptq", "adamw")
+    assert Quantize(preset="codenet", activation_bits=4).activation_bits == 4
+    with pytest.raises(ValueError, match=r"preset is 'codenet', not 'hawq'"):
+        Quantize(preset="hawq")
+    with pytest.raises(ValueError, match="preset = 'codenet' says how many bits: leave bits out"):
+        Quantize(preset="codenet", bits=8)

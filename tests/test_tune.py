@@ -83,7 +83,6 @@ def test_bfloat16_computes_layers_in_it_and_everything_else_in_float(
     assert scores["bfloat16"] > 0.8
 
 
-
 def accuracy(module: nn.Module, of: Task) -> float:
     (batch,) = of.evaluation.batches(1000)
     with torch.no_grad():
@@ -291,6 +290,18 @@ def test_without_evaluation_data_training_samples_are_held_out(tmp_path: Path, t
     assert (found["report"]["metric"], found["report"]["samples"]) == ("loss", 20)
     assert found["epochs"][1]["steps"] == (400 - 40) // 30
     assert "loss" in run.notes[-1]
+
+
+def test_epochs_are_chosen_by_the_loss_where_the_samples_were_learnt_from(tmp_path: Path, teacher: nn.Module) -> None:
+    of = replace(task(count=400), evaluation=None)
+    run = job(tmp_path, teacher, of)
+    tune(shaken(teacher), of, run, Tune(epochs=3, batch=32))
+    found = run.findings["tune"]
+    choices = [row["choice"] for row in found["epochs"]]
+    assert found["report"]["metric"] == "top1"
+    assert max(choices) < 0  # losses
+    assert found["kept"] == max(range(4), key=lambda epoch: choices[epoch])
+    assert min(choices) < max(choices)
 
 
 def test_agreement_is_judged_against_the_original(tmp_path: Path, teacher: nn.Module) -> None:
