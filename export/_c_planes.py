@@ -60,7 +60,7 @@ def arrange(network: Network) -> None:
     candidates = [found for step in network.steps if (found := _candidate(network, step))]
     if not any(found.sparse and found.planes < found.last for found in candidates):
         return
-    movable = {found.buffer: found for step in network.steps if (found := _movable(network, step))}
+    movable = {view.buffer: view for step in network.steps if (view := _movable(network, step))}
     chosen = _cut(network, candidates, movable)
     _move(network, [view for buffer, view in movable.items() if buffer in chosen])
     for candidate in candidates:
@@ -73,7 +73,7 @@ def arrange(network: Network) -> None:
 
 def _pointwise(step: Step) -> bool:
     weight, slide = step.options["weight"], step.options["window"]
-    return step.options["groups"] == 1 and weight.shape[2:] == (1, 1) and slide.stride == (1, 1)
+    return bool(step.options["groups"] == 1 and weight.shape[2:] == (1, 1) and slide.stride == (1, 1))
 
 
 def _candidate(network: Network, step: Step) -> Candidate | None:

@@ -14,7 +14,11 @@
 #endif
 #define NOINLINE
 #define LANES 4
+#ifdef __aarch64__
+#define PIXELS 4 /* enough registers */
+#else
 #define PIXELS 2
+#endif
 #define VECTORS 1
 
 typedef struct {
@@ -98,8 +102,14 @@ static INLINE V v_odd(V v, V w)
     return r;
 }
 
+#if PIXELS == 4
+#define TILES TILE(4, 1) TILE(2, 1) TILE(1, 1)
+#define CHOOSE(count, vectors, arguments) \
+    (count > 2 ? NAME(tile_4_1) : count > 1 ? NAME(tile_2_1) : NAME(tile_1_1)) arguments;
+#else
 #define TILES TILE(2, 1) TILE(1, 1)
 #define CHOOSE(count, vectors, arguments) (count > 1 ? NAME(tile_2_1) : NAME(tile_1_1)) arguments;
+#endif
 #include "conv_f32.h"
 
 #define SPARSE_MOST(block) ((block) == 1 ? 2 : 1)
