@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from edgepack.export._c_graph import Buffer, Network, Step, View, channels_last
+from edgepack.export._c_graph import Buffer, Network, Step, View, channels_last, planar
 
 FILLS = ("fill", "border")
-CONVOLUTIONS = ("conv_f32", "depthwise_f32")
+PLANES = ("sparse_f32", "window_f32")
+CONVOLUTIONS = ("conv_f32", "depthwise_f32", *PLANES)
 IMAGES = ("conv_f32", "depthwise_f32", "conv_s8", "depthwise_s8", "max_pool_f32", "max_pool_s8", "avg_pool_f32",
           "avg_pool_s8", "adaptive_pool_f32", "nearest_f32", "nearest_s8", "bilinear_f32")  # fmt: skip
 IN_PLACE = ("unary_f32", "binary_f32", "sum_s8", "table_s8", "product_s8")
@@ -52,7 +53,7 @@ def _joined(network: Network, conv: Step) -> bool:
         conv.options.update(reader.options)
     elif reader.kernel == "binary_f32" and reader.options["operator"] == "add" and len(conv.inputs) == 1:
         other = next(view for view in reader.inputs if view is not same[0])
-        added = _alike(other, reader.output, conv.output)
+        added = _alike(other, reader.output, conv)
         if added is None:
             return False
         conv.inputs.append(added)
@@ -66,20 +67,22 @@ def _joined(network: Network, conv: Step) -> bool:
 
 
 def _same_memory(source: View, target: View, whole: View) -> bool:
-    """Whether a step's input is all of a dense buffer and its output lies in the same order."""
-    return (
-        source.in_order(target.order).dense()
-        and target.dense()
-        and source.shape == target.shape
-        and source.count == whole.count == whole.buffer.size
-        and target.count == target.buffer.size
-    )
+    """Whether a step's input is all of a buffer and its output lies in the same order."""
+    listed = source.in_order(target.order)
+    if source.shape != target.shape or source.count != whole.count:
+        return False
+    if not (listed.dense() and target.dense()):  # planes may have gaps between them
+        return (listed.strides, source.offset, source.buffer.size) == (target.strides, 0, target.buffer.size)
+    return whole.count == whole.buffer.size and target.count == target.buffer.size
 
 
-def _alike(other: View, like: View, wide: View) -> View | None:
+def _alike(other: View, like: View, conv: Step) -> View | None:
     """A summand as the convolution sees its output; None where the kernels cannot walk it."""
+    wide = conv.output
     if other.dtype != like.dtype or other.shape != like.shape or other.buffer.constant is not None:
         return None
+    if conv.kernel in PLANES:
+        return other.in_order(wide.order) if planar(other) else None
     if other.in_order(like.order).dense():
         return replace(wide, buffer=other.buffer, offset=other.offset)
     listed = other.in_order(channels_last(len(other.sizes)))
@@ -146,6 +149,8 @@ def _walkable(step: Step, place: int, view: View) -> bool:
     """Whether a kernel takes a view with these strides."""
     if step.kernel in FILLS:
         return False
+    if step.kernel in PLANES:
+        return planar(view) and (place < 0 or view.buffer.place == "arena")  # reads whole vectors
     if step.kernel not in IMAGES:
         return True
     listed = view.in_order(channels_last(4))

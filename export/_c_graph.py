@@ -234,3 +234,12 @@ def merged(views: Sequence[View]) -> tuple[list[int], list[list[int]]]:
             for known, step in zip(strides, steps, strict=True):
                 known.append(step)
     return sizes, strides
+
+
+def planar(view: View) -> bool:
+    """Whether an image's rows follow each other without gaps in each channel."""
+    if len(view.sizes) != 4:
+        return False
+    _, _, height, width = view.shape
+    _, _, row, pixel = view.in_order((0, 1, 2, 3)).strides
+    return (width == 1 or pixel == 1) and (height == 1 or row == width)

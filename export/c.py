@@ -52,12 +52,13 @@ class C(Exporter):
         return lower_float(fixed_batch(graph), self.precision)
 
     def write(self, simulation: Graph, folder: Path) -> Census:
-        from edgepack.export import _c_arena, _c_files
+        from edgepack.export import _c_arena, _c_files, _c_planes
         from edgepack.export._c_fuse import fuse
         from edgepack.export._c_read import read
         from edgepack.export._c_samples import samples
 
         network = read(simulation)
+        _c_planes.arrange(network)
         fuse(network)
         inputs, answers = samples(simulation, folder)
         arena_bytes = _c_arena.plan(network)
@@ -72,6 +73,7 @@ class C(Exporter):
         notes = (
             f"arena of {arena_bytes} bytes",
             f"{sum(stored.values())} bytes of constants once compiled, from {text_bytes} bytes of text",
+            *_c_planes.notes(network),
         )
         return Census(dict(Counter(step.kernel for step in network.steps)), dict(stored), notes)
 

@@ -1,42 +1,6 @@
-/* Which instruction set computes: chosen when compiled, on x86 among what the processor has. */
-#include "nn.h"
+/* Convolutions in the instruction set that is there. */
+#include "choose.h"
 #include "levels.h"
-
-#ifdef NN_X86
-static int level(void)
-{
-    static int found = -1;
-    if (found < 0) {
-        int best = 0;
-        __builtin_cpu_init();
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-            best = 1;
-        if (best && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-            __builtin_cpu_supports("avx512vnni"))
-            best = 2;
-        found = best < NN_LEVEL ? best : NN_LEVEL;
-    }
-    return found;
-}
-/* Eight outputs do not fill vectors of sixteen. */
-#define NN_CHOOSE(kernel, narrow, arguments) \
-    const int here = level(); \
-    if (here == 2 && !(narrow)) \
-        kernel##_avx512 arguments; \
-    else if (here) \
-        kernel##_avx2 arguments; \
-    else \
-        kernel##_plain arguments;
-#elif defined NN_NEON
-#define NN_CHOOSE(kernel, narrow, arguments) \
-    (void)(narrow); \
-    kernel##_neon arguments;
-#else
-#define NN_CHOOSE(kernel, narrow, arguments) \
-    (void)(narrow); \
-    kernel##_plain arguments;
-#endif
 
 void nn_conv_f32(const nn_conv *p, const float *in, const float *weights, const float *bias, const float *add,
                  float *out)

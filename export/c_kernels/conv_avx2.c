@@ -22,6 +22,12 @@ TARGET static INLINE __m256i v_first(int n)
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 TARGET static INLINE V v_load(const float *p) { return _mm256_loadu_ps(p); }
+TARGET static INLINE V v_fetch(const float *p) /* for several uses: compilers would load it again for each */
+{
+    V v = v_load(p);
+    __asm__("" : "+x"(v));
+    return v;
+}
 TARGET static INLINE V v_some(const float *p, int n) { return _mm256_maskload_ps(p, v_first(n)); }
 TARGET static INLINE void v_store(float *p, V v) { _mm256_storeu_ps(p, v); }
 TARGET static INLINE void v_keep(float *p, V v, int n) { _mm256_maskstore_ps(p, v_first(n), v); }
@@ -31,6 +37,9 @@ TARGET static INLINE V v_mul(V a, V b) { return _mm256_mul_ps(a, b); }
 TARGET static INLINE V v_fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 TARGET static INLINE V v_max(V a, V b) { return _mm256_max_ps(a, b); }
 TARGET static INLINE V v_min(V a, V b) { return _mm256_min_ps(a, b); }
+TARGET static INLINE V v_halves(V v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); }
+TARGET static INLINE V v_even(V a, V b) { return v_halves(_mm256_shuffle_ps(a, b, 0x88)); }
+TARGET static INLINE V v_odd(V a, V b) { return v_halves(_mm256_shuffle_ps(a, b, 0xdd)); }
 
 #define TILES TILE(6, 2) TILE(6, 1) TILE(1, 2) TILE(1, 1)
 #define CHOOSE(count, vectors, arguments) \
@@ -39,6 +48,11 @@ TARGET static INLINE V v_min(V a, V b) { return _mm256_min_ps(a, b); }
     else \
         (count > 1 ? NAME(tile_6_1) : NAME(tile_1_1)) arguments;
 #include "conv_f32.h"
+
+#define SPARSE_MOST(block) ((block) == 4 ? 2 : 4)
+#define SPARSES SPARSE(1, 4) SPARSE(1, 3) SPARSE(1, 2) SPARSE(1, 1) SPARSE(2, 4) SPARSE(2, 3) SPARSE(2, 2) SPARSE(2, 1) \
+            SPARSE(4, 2) SPARSE(4, 1)
+#include "planes_f32.h"
 
 #define UNIT 8
 #define UNITS 1

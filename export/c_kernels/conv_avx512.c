@@ -18,6 +18,12 @@
 typedef __m512 V;
 
 TARGET static INLINE V v_load(const float *p) { return _mm512_loadu_ps(p); }
+TARGET static INLINE V v_fetch(const float *p) /* for several uses: compilers would load it again for each */
+{
+    V v = v_load(p);
+    __asm__("" : "+v"(v));
+    return v;
+}
 TARGET static INLINE V v_some(const float *p, int n)
 {
     return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1u), p);
@@ -30,6 +36,16 @@ TARGET static INLINE V v_mul(V a, V b) { return _mm512_mul_ps(a, b); }
 TARGET static INLINE V v_fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 TARGET static INLINE V v_max(V a, V b) { return _mm512_max_ps(a, b); }
 TARGET static INLINE V v_min(V a, V b) { return _mm512_min_ps(a, b); }
+TARGET static INLINE V v_even(V a, V b)
+{
+    const __m512i places = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_permutex2var_ps(a, places, b);
+}
+TARGET static INLINE V v_odd(V a, V b)
+{
+    const __m512i places = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return _mm512_permutex2var_ps(a, places, b);
+}
 
 #define TILES TILE(8, 2) TILE(8, 1) TILE(4, 2) TILE(4, 1) TILE(1, 2) TILE(1, 1)
 #define CHOOSE(count, vectors, arguments) \
@@ -38,6 +54,11 @@ TARGET static INLINE V v_min(V a, V b) { return _mm512_min_ps(a, b); }
     else \
         (count > 4 ? NAME(tile_8_1) : count > 1 ? NAME(tile_4_1) : NAME(tile_1_1)) arguments;
 #include "conv_f32.h"
+
+#define SPARSE_MOST(block) 4
+#define SPARSES SPARSE(1, 4) SPARSE(1, 3) SPARSE(1, 2) SPARSE(1, 1) SPARSE(2, 4) SPARSE(2, 3) SPARSE(2, 2) SPARSE(2, 1) \
+            SPARSE(4, 4) SPARSE(4, 3) SPARSE(4, 2) SPARSE(4, 1)
+#include "planes_f32.h"
 
 #define UNIT 16
 #define UNITS 2

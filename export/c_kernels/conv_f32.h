@@ -4,12 +4,14 @@
  *
  * A tile is some pixels times some vectors of output channels, held in registers over the whole kernel. */
 
-TARGET static INLINE V NAME(finish)(const nn_conv *p, V v)
+TARGET static INLINE V NAME(limited)(float slope, float low, float high, V v)
 {
-    if (p->slope != 1.0f)
-        v = v_max(v, v_mul(v, v_set(p->slope)));
-    return v_min(v_max(v, v_set(p->low)), v_set(p->high));
+    if (slope != 1.0f)
+        v = v_max(v, v_mul(v, v_set(slope)));
+    return v_min(v_max(v, v_set(low)), v_set(high));
 }
+
+TARGET static INLINE V NAME(finish)(const nn_conv *p, V v) { return NAME(limited)(p->slope, p->low, p->high, v); }
 
 typedef struct {
     const float *in, *add;

@@ -18,18 +18,25 @@
 typedef float32x4_t V;
 
 static INLINE V v_load(const float *p) { return vld1q_f32(p); }
+static INLINE V v_fetch(const float *p) { return v_load(p); }
 static INLINE V v_some(const float *p, int n)
 {
-    float some[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    memcpy(some, p, 4 * (unsigned)n);
-    return vld1q_f32(some);
+    const float32x4_t zero = vdupq_n_f32(0.0f);
+    if (n == 1)
+        return vld1q_lane_f32(p, zero, 0);
+    if (n == 2)
+        return vcombine_f32(vld1_f32(p), vget_low_f32(zero));
+    return vld1q_lane_f32(p + 2, vcombine_f32(vld1_f32(p), vget_low_f32(zero)), 2);
 }
 static INLINE void v_store(float *p, V v) { vst1q_f32(p, v); }
 static INLINE void v_keep(float *p, V v, int n)
 {
-    float some[4];
-    vst1q_f32(some, v);
-    memcpy(p, some, 4 * (unsigned)n);
+    if (n == 1)
+        vst1q_lane_f32(p, v, 0);
+    else
+        vst1_f32(p, vget_low_f32(v));
+    if (n == 3)
+        vst1q_lane_f32(p + 2, v, 2);
 }
 static INLINE V v_set(float x) { return vdupq_n_f32(x); }
 static INLINE V v_add(V a, V b) { return vaddq_f32(a, b); }
@@ -37,6 +44,8 @@ static INLINE V v_mul(V a, V b) { return vmulq_f32(a, b); }
 static INLINE V v_fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
 static INLINE V v_max(V a, V b) { return vmaxq_f32(a, b); }
 static INLINE V v_min(V a, V b) { return vminq_f32(a, b); }
+static INLINE V v_even(V a, V b) { return vuzp1q_f32(a, b); }
+static INLINE V v_odd(V a, V b) { return vuzp2q_f32(a, b); }
 
 #define TILES TILE(6, 4) TILE(6, 1) TILE(1, 4) TILE(1, 1)
 #define CHOOSE(count, vectors, arguments) \
@@ -45,6 +54,12 @@ static INLINE V v_min(V a, V b) { return vminq_f32(a, b); }
     else \
         (count > 1 ? NAME(tile_6_1) : NAME(tile_1_1)) arguments;
 #include "conv_f32.h"
+
+#define SPARSE_MOST(block) ((block) == 4 ? 4 : 8)
+#define SPARSES SPARSE(1, 8) SPARSE(1, 7) SPARSE(1, 6) SPARSE(1, 5) SPARSE(1, 4) SPARSE(1, 3) SPARSE(1, 2) SPARSE(1, 1) \
+            SPARSE(2, 8) SPARSE(2, 7) SPARSE(2, 6) SPARSE(2, 5) SPARSE(2, 4) SPARSE(2, 3) SPARSE(2, 2) SPARSE(2, 1) \
+            SPARSE(4, 4) SPARSE(4, 3) SPARSE(4, 2) SPARSE(4, 1)
+#include "planes_f32.h"
 
 #define UNIT 4
 #define UNITS 4

@@ -14,7 +14,11 @@
 #endif
 #define NOINLINE
 #define LANES 4
+#ifdef __aarch64__
+#define PIXELS 4 /* enough registers */
+#else
 #define PIXELS 2
+#endif
 #define VECTORS 1
 
 typedef struct {
@@ -35,6 +39,8 @@ static INLINE V v_load(const float *p)
     const V v = {p[0], p[1], p[2], p[3]};
     return v;
 }
+
+static INLINE V v_fetch(const float *p) { return v_load(p); }
 
 static INLINE V v_some(const float *p, int n)
 {
@@ -84,9 +90,31 @@ static INLINE V v_fma(V x, V y, V z)
     return r;
 }
 
+static INLINE V v_even(V v, V w)
+{
+    const V r = {v.a, v.c, w.a, w.c};
+    return r;
+}
+
+static INLINE V v_odd(V v, V w)
+{
+    const V r = {v.b, v.d, w.b, w.d};
+    return r;
+}
+
+#if PIXELS == 4
+#define TILES TILE(4, 1) TILE(2, 1) TILE(1, 1)
+#define CHOOSE(count, vectors, arguments) \
+    (count > 2 ? NAME(tile_4_1) : count > 1 ? NAME(tile_2_1) : NAME(tile_1_1)) arguments;
+#else
 #define TILES TILE(2, 1) TILE(1, 1)
 #define CHOOSE(count, vectors, arguments) (count > 1 ? NAME(tile_2_1) : NAME(tile_1_1)) arguments;
+#endif
 #include "conv_f32.h"
+
+#define SPARSE_MOST(block) ((block) == 1 ? 2 : 1)
+#define SPARSES SPARSE(1, 2) SPARSE(1, 1) SPARSE(2, 1) SPARSE(4, 1)
+#include "planes_f32.h"
 
 #include "rounding.h"
 

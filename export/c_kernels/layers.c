@@ -3,6 +3,14 @@
 #include "rounding.h"
 #include <float.h>
 #include <math.h>
+#include <string.h>
+
+#ifdef __GNUC__
+#define INLINE inline __attribute__((always_inline))
+#else
+#define INLINE inline
+#endif
+#define TOGETHER 16 /* channels of a pool that are held in registers */
 
 typedef struct {
     int begin, end; /* places of a window that lie inside the image */
@@ -24,32 +32,47 @@ static int clamp_int(int value, int low, int high)
 }
 
 #define POOL_LOOPS(type) \
-    int n, y, x, c, row, column; \
+    int n, y, x, c; \
     for (n = 0; n < p->batch; n++) \
-        for (y = 0; y < p->height; y++) \
+        for (y = 0; y < p->height; y++) { \
+            const int top = y * p->stride_row - p->top; \
+            const span down = inside(top, p->dilation_row, p->rows, p->in_height); \
             for (x = 0; x < p->width; x++) { \
-                const int top = y * p->stride_row - p->top, left = x * p->stride_column - p->left; \
-                const span down = inside(top, p->dilation_row, p->rows, p->in_height); \
+                const int left = x * p->stride_column - p->left; \
                 const span right = inside(left, p->dilation_column, p->columns, p->in_width); \
-                const type *image = in + (ptrdiff_t)n * p->in_batch; \
+                const type *at = in + (ptrdiff_t)n * p->in_batch + POOL_AT(down.begin, right.begin); \
                 type *to = out + (ptrdiff_t)n * p->out_batch + (ptrdiff_t)y * p->out_row + (ptrdiff_t)x * p->out_pixel;
 #define POOL_AT(row, column) \
-    (image + (ptrdiff_t)(top + (row) * p->dilation_row) * p->in_row + \
+    ((ptrdiff_t)(top + (row) * p->dilation_row) * p->in_row + \
      (ptrdiff_t)(left + (column) * p->dilation_column) * p->in_pixel)
+/* A few channels of a window: `found` begins as `start` and becomes `expression` with each value v. */
+#define POOL_WINDOW(type, result, start, expression) \
+    result found[TOGETHER]; \
+    int row, column, i; \
+    for (i = 0; i < n; i++) \
+        found[i] = start; \
+    for (row = down.begin; row < down.end; row++, at += (ptrdiff_t)p->dilation_row * p->in_row) \
+        for (column = right.begin; column < right.end; column++) { \
+            const type *v = at + (ptrdiff_t)(column - right.begin) * p->dilation_column * p->in_pixel; \
+            for (i = 0; i < n; i++) \
+                found[i] = expression; \
+        }
 
 #define MAX_POOL(name, type, lowest) \
+    static INLINE void name##_some(const nn_pool *p, span down, span right, const type *at, type *to, const int n) \
+    { \
+        POOL_WINDOW(type, type, lowest, v[i] > found[i] ? v[i] : found[i]) \
+        for (i = 0; i < n; i++) \
+            to[i] = found[i]; \
+    } \
     void name(const nn_pool *p, const type *in, type *out) \
     { \
         POOL_LOOPS(type) \
-            for (c = 0; c < p->channels; c++) \
-                to[c] = lowest; \
-            for (row = down.begin; row < down.end; row++) \
-                for (column = right.begin; column < right.end; column++) { \
-                    const type *at = POOL_AT(row, column); \
-                    for (c = 0; c < p->channels; c++) \
-                        to[c] = at[c] > to[c] ? at[c] : to[c]; \
-                } \
-        } \
+            for (c = 0; c + TOGETHER <= p->channels; c += TOGETHER) \
+                name##_some(p, down, right, at + c, to + c, TOGETHER); \
+            if (c < p->channels) \
+                name##_some(p, down, right, at + c, to + c, p->channels - c); \
+        }} \
     }
 MAX_POOL(nn_max_pool_f32, float, -INFINITY)
 MAX_POOL(nn_max_pool_s8, int8_t, -128)
@@ -65,34 +88,42 @@ static int divisor(const nn_pool *p, int top, int left, span down, span right)
            (clamp_int(left + p->columns, 0, p->in_width + p->left) - left);
 }
 
+static INLINE void mean_f32(const nn_pool *p, span down, span right, const float *at, float factor, float *to,
+                            const int n)
+{
+    POOL_WINDOW(float, float, 0.0f, found[i] + v[i])
+    for (i = 0; i < n; i++)
+        to[i] = found[i] * factor;
+}
+
 void nn_avg_pool_f32(const nn_pool *p, const float *in, float *out)
 {
     POOL_LOOPS(float)
         const float factor = 1.0f / (float)divisor(p, top, left, down, right);
-        for (c = 0; c < p->channels; c++)
-            to[c] = 0.0f;
-        for (row = down.begin; row < down.end; row++)
-            for (column = right.begin; column < right.end; column++) {
-                const float *at = POOL_AT(row, column);
-                for (c = 0; c < p->channels; c++)
-                    to[c] += at[c];
-            }
-        for (c = 0; c < p->channels; c++)
-            to[c] *= factor;
-    }
+        for (c = 0; c + TOGETHER <= p->channels; c += TOGETHER)
+            mean_f32(p, down, right, at + c, factor, to + c, TOGETHER);
+        if (c < p->channels)
+            mean_f32(p, down, right, at + c, factor, to + c, p->channels - c);
+    }}
+}
+
+static INLINE void mean_s8(const nn_pool *p, const nn_requantize *q, span down, span right, const int8_t *at, int8_t *to,
+                           const int n)
+{
+    const int32_t zero = q->bias[0] * ((down.end - down.begin) * (right.end - right.begin));
+    POOL_WINDOW(int8_t, int32_t, -zero, found[i] + v[i])
+    for (i = 0; i < n; i++)
+        to[i] = nn_rounded(q, 0, found[i]);
 }
 
 void nn_avg_pool_s8(const nn_pool *p, const nn_requantize *q, const int8_t *in, int8_t *out)
 {
     POOL_LOOPS(int8_t)
-        for (c = 0; c < p->channels; c++) {
-            int32_t sum = 0;
-            for (row = down.begin; row < down.end; row++)
-                for (column = right.begin; column < right.end; column++)
-                    sum += POOL_AT(row, column)[c] - q->bias[0];
-            to[c] = nn_rounded(q, 0, sum);
-        }
-    }
+        for (c = 0; c + TOGETHER <= p->channels; c += TOGETHER)
+            mean_s8(p, q, down, right, at + c, to + c, TOGETHER);
+        if (c < p->channels)
+            mean_s8(p, q, down, right, at + c, to + c, p->channels - c);
+    }}
 }
 
 /* Windows that begin and end where PyTorch's do when sizes do not divide. */
@@ -170,13 +201,33 @@ void nn_bilinear_f32(const nn_pool *p, const int32_t *rows, const float *down, c
     ((ptrdiff_t)i0 * (w)->side[0] + (ptrdiff_t)i1 * (w)->side[1] + (ptrdiff_t)i2 * (w)->side[2] + \
      (ptrdiff_t)i3 * (w)->side[3] + (ptrdiff_t)i4 * (w)->side[4] + (ptrdiff_t)i5 * (w)->side[5])
 
+/* Four sums side by side: one alone would wait for itself. */
+static float sum_of(const float *x, int n)
+{
+    float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
+    int i;
+    for (i = 0; i + 4 <= n; i += 4) {
+        a += x[i];
+        b += x[i + 1];
+        c += x[i + 2];
+        d += x[i + 3];
+    }
+    for (; i < n; i++)
+        a += x[i];
+    return (a + b) + (c + d);
+}
+
 void nn_reduce_f32(const nn_walk *w, enum nn_reduction r, int count, const float *in, float *out)
 {
     const float start = r == NN_AMAX ? -INFINITY : r == NN_AMIN ? INFINITY : 0.0f;
     {
         WALK(w) out[WALK_AT(w, out)] = start;
     }
-    {
+    if (!w->out[5] && w->one[5] == 1 && (r == NN_MEAN || r == NN_SUM)) {
+        nn_walk rows = *w;
+        rows.size[5] = 1;
+        WALK(&rows) out[WALK_AT(w, out)] += sum_of(in + WALK_AT(w, one), w->size[5]);
+    } else {
         WALK(w)
         {
             float *to = out + WALK_AT(w, out);

@@ -2,6 +2,7 @@
 #ifndef NN_H
 #define NN_H
 
+#include "planes.h"
 #include <stddef.h>
 #include <stdint.h>
 
