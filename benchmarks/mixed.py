@@ -31,7 +31,7 @@ from edgepack.plan import Plan
 from edgepack.progress import Silent
 from edgepack.versions import versions
 
-NETWORKS = ("mobilenet_v1", "resnet20")
+NETWORKS = ("mobilenet_v1", "mobilenet_v2", "resnet20")
 WIDTHS = (8, 6, 5, 4, 3)
 FILES = (8, 4)  # what files have a type for
 KINDS = (
@@ -77,7 +77,7 @@ def measured(case: Case, widths: int | tuple[int, ...], share: float) -> Row:
 def run(options: argparse.Namespace, stored: Row) -> None:
     for name in options.networks:
         case = open_case(name, options.data, options.work, options.samples)
-        for widths, size in KINDS:
+        for widths, size in (kind for kind in KINDS if not options.kinds or kind_of(*kind) in options.kinds):
             key = {"network": name, "kind": kind_of(widths, size)}
             if any(key.items() <= row.items() for row in stored["rows"]):
                 continue
@@ -125,6 +125,7 @@ def _line(row: Row) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--kinds", nargs="+", choices=[kind_of(*kind) for kind in KINDS], help="only these rows")
     parser.add_argument("--samples", type=int, help="at most this many images, for trying things out")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "mixed")
