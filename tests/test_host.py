@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -171,6 +171,18 @@ def test_a_wrong_artifact_is_never_timed(artifact: Artifact) -> None:
     runs = [entry for entry in wrong.log if entry[0] == "run"]  # type: ignore[attr-defined]
     assert len(runs) <= 4
     assert wrong.log[-1] == ("close", None)  # type: ignore[attr-defined]
+
+
+def test_an_integer_artifact_may_differ_by_as_much_as_its_network_keeps(artifact: Artifact) -> None:
+    for least_db, timed in ((45.0, True), (47.0, False)):  # a two-hundredth of all values: 46 dB
+        parity = Parity("checked", max_rel=0.0, least_db=least_db)
+        integers = replace(artifact, manifest=replace(artifact.manifest, parity=parity))
+        pair = [Contender("a", artifact, Recording()), Contender("b", integers, Recording(factor=2.01))]
+        if timed:
+            assert len(measure(pair)) == 2
+            continue
+        with pytest.raises(ParityError, match="differs from its golden answers"):
+            measure(pair)
 
 
 def test_not_a_number_is_wrong(artifact: Artifact) -> None:
