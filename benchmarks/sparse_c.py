@@ -2,7 +2,7 @@
 
     python benchmarks/sparse_c.py --stages prepare --work FOLDER   # make all files first; nothing is timed
     python benchmarks/sparse_c.py --stages race --work FOLDER      # then time them, some seconds per row
-    python benchmarks/sparse_c.py --stages layers --work FOLDER    # single layers: is the faster kernel chosen?
+    python benchmarks/sparse_c.py --stages layers --work FOLDER    # single layers: is the faster kernel chosen? (twice)
     python benchmarks/sparse_c.py --stages document                # only the page, from what is stored
 
 MobileNetV1 (Howard et al., arXiv:1704.04861) as timm writes it, with random weights and statistics, and at a quarter of
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from _c_page import _ratio, _section, _table
 from _cases import Case, Fold, open_case
+from _ours import source_hash
 from c_latency import artifacts, race
 from torch import nn
 
@@ -49,7 +50,7 @@ ROWS: Sequence[tuple[str, float, int]] = (  # network, sparsity, outputs that sh
     ("wide", 0.8, 1), ("wide", 0.9, 1), ("wide", 0.7, 4), ("wide", 0.8, 4), ("wide", 0.9, 4),
     ("quarter", 0.8, 1), ("quarter", 0.9, 1),
 )  # fmt: skip
-SHAPES = ((32, 64, 112), (64, 128, 56), (256, 256, 28), (512, 512, 14), (1024, 1024, 7))  # inputs, outputs, side
+SHAPES = ((32, 64, 112), (128, 128, 56), (256, 256, 28), (512, 512, 14), (512, 1024, 7))  # inputs, outputs, side
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9)
 SAMPLES = 2
 ENGINES = ("ONNX Runtime", "OpenVINO", "TFLite")
@@ -107,13 +108,15 @@ def layers(shape: tuple[int, int, int], block: int, work: Path) -> Iterator[Row]
     inputs, outputs, side = shape
     torch.manual_seed(0)
     module, kernels = Beside(inputs, outputs, block).eval(), {"conv_f32": 1e9, "sparse_f32": 0.0}
-    folder = work / f"layers-{inputs}-{outputs}-{side}-{block}"
+    folder = work / f"layers-{inputs}-{outputs}-{side}-{block}-{source_hash()}"
     item = Input("input", (1, inputs, side, side), layout="NCHW")
-    compress(module, Task((item,)), [], folder, Silent())
+    if not folder.exists():
+        compress(module, Task((item,)), [], folder, Silent())
     times = {}
     for kernel, forced in kernels.items():
-        with patch.object(_c_planes, "cost", lambda *_, forced=forced: forced):
-            export(folder, [CExporter(name=kernel)], Silent())
+        if not (folder / kernel).exists():
+            with patch.object(_c_planes, "cost", lambda *_, forced=forced: forced):
+                export(folder, [CExporter(name=kernel)], Silent())
         artifact = Artifact.open(folder / kernel)
         found = C().layer_times(artifact, dict(artifact.golden().inputs))
         times[kernel] = [spent for name, _, spent in found if name == kernel]
