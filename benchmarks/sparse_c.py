@@ -91,7 +91,7 @@ def measured(case: Case, seconds: float) -> Row:
 
 
 class Beside(nn.Module):
-    """One image through the same layer with more and more zeros."""
+    """One image through the same layer with more and more zeros; means keep the files small."""
 
     def __init__(self, inputs: int, outputs: int, block: int) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Beside(nn.Module):
             prune(layer.weight, sparsity, block)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(layer(x) for layer in self.layers)
+        return tuple(layer(x).mean((2, 3)) for layer in self.layers)
 
 
 def layers(shape: tuple[int, int, int], block: int, work: Path) -> Iterator[Row]:

@@ -83,13 +83,13 @@ def _candidate(network: Network, step: Step) -> Candidate | None:
     pixels = step.output.shape[2] * step.output.shape[3]
     macs = float(weight.size * pixels * step.output.shape[0])
     source, padding = _unpadded(network, step)
-    if pixels == 1 or source.buffer.constant is not None:
+    if pixels == 1 or source.buffer.constant is not None or (slide.padded and not padding):
         return None
     if _pointwise(step):
         matrix = weight.reshape(weight.shape[:2])
         planes = step.output.shape[0] * cost(matrix, pixels, best_block(matrix, pixels))
         return None if padding else Candidate(step, source, (), macs, planes)
-    if weight.shape[1] > FEW or slide.stride[0] > slide.size[0] * slide.dilation[0]:
+    if weight.shape[1] > FEW:
         return None
     depthwise = (DEPTHWISE, DEPTHWISE * slide.stride[1])
     last, planes = depthwise if step.kernel == "depthwise_f32" else (FEW_LAST, FEW_PLANES)
