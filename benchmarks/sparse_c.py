@@ -2,7 +2,7 @@
 
     python benchmarks/sparse_c.py --stages prepare --work FOLDER   # make all files first; nothing is timed
     python benchmarks/sparse_c.py --stages race --work FOLDER      # then time them, some seconds per row
-    python benchmarks/sparse_c.py --stages layers --work FOLDER    # single layers: is the faster kernel chosen? (twice)
+    python benchmarks/sparse_c.py --stages layers --work FOLDER    # single layers: is the faster kernel chosen?
     python benchmarks/sparse_c.py --stages document                # only the page, from what is stored
 
 MobileNetV1 (Howard et al., arXiv:1704.04861) as timm writes it, with random weights and statistics, and at a quarter of
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,21 +26,19 @@ import numpy as np
 import torch
 from _c_page import _ratio, _section, _table
 from _cases import Case, Fold, open_case
-from _ours import source_hash
 from c_latency import artifacts, race
 from torch import nn
 
 from edgepack import models
-from edgepack.artifact import Artifact, write_text
-from edgepack.compressing import compress
+from edgepack.artifact import MANIFEST, Artifact, Manifest, describe_files, write_text
+from edgepack.contracts import Graph
 from edgepack.devices.host import Host
 from edgepack.export import _c_planes
-from edgepack.export._c_sparse import best_block, cost
+from edgepack.export._c_sparse import best_block, cost, dense_cost
 from edgepack.export.c import C as CExporter
-from edgepack.exporting import export
-from edgepack.progress import Silent
+from edgepack.graph import capture
+from edgepack.plan import Plan
 from edgepack.runtimes.c import C
-from edgepack.samples import take
 from edgepack.task import Input, Task
 from edgepack.versions import versions
 
@@ -104,27 +103,36 @@ class Beside(nn.Module):
         return tuple(layer(x).amax((2, 3)) for layer in self.layers)
 
 
+def files(graph: Graph, folder: Path) -> Artifact:
+    """A network as C, without comparing its answers: tests do."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    exporter = CExporter()
+    simulation = exporter.lower(graph, Plan())
+    exporter.write(simulation, folder)
+    found = describe_files(folder)
+    manifest = Manifest("c", "c", simulation.dialect, simulation.inputs, simulation.outputs, found)
+    write_text(folder / MANIFEST, manifest.to_json())
+    return Artifact.open(folder)
+
+
 def layers(shape: tuple[int, int, int], block: int, work: Path) -> Iterator[Row]:
     """Of one shape at every sparsity: time of both kernels, and what the rule expects of their ratio."""
     inputs, outputs, side = shape
     torch.manual_seed(0)
     module, kernels = Beside(inputs, outputs, block).eval(), {"conv_f32": 1e9, "sparse_f32": 0.0}
-    folder = work / f"layers-{inputs}-{outputs}-{side}-{block}-{source_hash()}"
-    item = Input("input", (1, inputs, side, side), layout="NCHW")
-    if not folder.exists():
-        compress(module, Task((item,)), [], folder, Silent())
+    graph = capture(module, Task((Input("input", (1, inputs, side, side), dynamic=(), layout="NCHW"),)))
+    image = np.random.default_rng(0).standard_normal((1, inputs, side, side)).astype(np.float32)
     times = {}
     for kernel, forced in kernels.items():
-        if not (folder / kernel).exists():
-            with patch.object(_c_planes, "cost", lambda *_, forced=forced: forced):
-                export(folder, [CExporter(name=kernel)], Silent())
-        artifact = Artifact.open(folder / kernel)
-        found = C().layer_times(artifact, take(artifact.manifest.inputs, artifact.golden().inputs, 0, 1))
+        with patch.object(_c_planes, "cost", lambda *_, forced=forced: forced):
+            artifact = files(graph, work / "layers" / f"{inputs}-{outputs}-{side}-{block}-{kernel}")
+        found = C().layer_times(artifact, {"input": image})
         times[kernel] = [spent for name, _, spent in found if name == kernel]
     for layer, sparsity, dense, sparse in zip(module.layers, SPARSITIES, *times.values(), strict=True):
         matrix = layer.weight.detach().flatten(1).numpy()
         chosen = best_block(matrix, side * side)
-        expected = cost(matrix, side * side, chosen) / (matrix.size * side * side)
+        expected = cost(matrix, side * side, chosen) / dense_cost(matrix, side * side)
         yield {"shape": shape, "block": block, "sparsity": sparsity, "dense_ms": dense, "sparse_ms": sparse,
                "chosen_block": chosen, "expected": expected}  # fmt: skip
 
