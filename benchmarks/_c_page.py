@@ -61,6 +61,10 @@ def _names(row: Row) -> list[str]:
     return [NAMES[row["network"]], FORMS[row["form"]]]
 
 
+def _shape(file: Row) -> str:
+    return "×".join(map(str, file["shape"]))
+
+
 def _speed(rows: Sequence[Row]) -> str:
     def cells() -> Iterator[list[str]]:
         for row in rows:
@@ -117,8 +121,8 @@ def _memory(rows: Sequence[Row]) -> str:
                 beside = ["–", "–"] if theirs is None else [f"{theirs:,}", f"{row['arena_bytes'] / theirs:.2f}"]
                 yield [*_names(row), f"{row['arena_bytes']:,}", *beside]
             for file in row.get("files", ()):
-                size = "×".join(map(str, file["shape"]))
-                yield [f"{NAMES[row['network']]}, {size}", FORMS[row["form"]], f"{file['arena_bytes']:,}", "–", "–"]
+                name, form = _names(row)
+                yield [f"{name}, {_shape(file)}", form, f"{file['arena_bytes']:,}", "–", "–"]
 
     text = (
         "Bytes of the arena that inner values take. The caller holds inputs and outputs of C; TFLite's arena has them "
@@ -142,6 +146,10 @@ def _sizes(rows: Sequence[Row]) -> str:
                     f"{row['text_bytes']:,}",
                     *files,
                 ]
+            for file in row.get("files", ()):
+                name, form = _names(row)
+                size, ratio = f"{file['size_bytes']:,}", f"{file['size_bytes'] / row['float_bytes']:.3f}"
+                yield [f"{name}, {_shape(file)}", form, size, ratio, *["–"] * 5]
 
     text = (
         "C: machine code (x86-64: plain, AVX2 and AVX-512 side by side) and constants that an application carries, "

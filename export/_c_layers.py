@@ -30,6 +30,10 @@ class Window:
     behind: Pair = (0, 0)
 
     @property
+    def padded(self) -> bool:
+        return any((*self.before, *self.behind))
+
+    @property
     def ends(self) -> list[Pair]:
         """Padding per axis of (N, C, H, W)."""
         return [(0, 0), (0, 0), (self.before[0], self.behind[0]), (self.before[1], self.behind[1])]

@@ -22,9 +22,10 @@ from edgepack.export._c_fuse import FILLS, IMAGES, mapped
 from edgepack.export._c_graph import Buffer, Network, Step, View, channels_last, planar
 from edgepack.export._c_layers import Window
 from edgepack.export._c_pack import rounded
-from edgepack.export._c_sparse import VECTOR, best_block, cost
+from edgepack.export._c_sparse import VECTOR, best_block, cost, dense_cost
 
 PLANES, LAST = (0, 1, 2, 3), channels_last(4)
+MANY = 0.25  # zeros of a layer, without which no network changes its layout
 FEW = 4  # inputs of each group, up to which there is a kernel in planes
 WALKS = ("unary_f32", "binary_f32", "copy")  # take any layout, fast where all values have the same
 
@@ -52,13 +53,13 @@ class Candidate:
 
     @property
     def sparse(self) -> bool:
-        return _pointwise(self.step)
+        return _pointwise(self.step) and float(np.mean(self.step.options["weight"] == 0)) > MANY
 
 
 def arrange(network: Network) -> None:
     """Change a network in place. One without zeros worth leaving out stays as it is."""
     candidates = [found for step in network.steps if (found := _candidate(network, step))]
-    if not any(found.sparse and found.planes < found.last for found in candidates):
+    if not any(found.planes < found.last for found in candidates if found.sparse):
         return
     movable = {view.buffer: view for step in network.steps if (view := _movable(network, step))}
     chosen = _cut(network, candidates, movable)
@@ -83,13 +84,14 @@ def _candidate(network: Network, step: Step) -> Candidate | None:
     pixels = step.output.shape[2] * step.output.shape[3]
     macs = float(weight.size * pixels * step.output.shape[0])
     source, padding = _unpadded(network, step)
-    if pixels == 1 or source.buffer.constant is not None:
+    if pixels == 1 or source.buffer.constant is not None or (slide.padded and not padding):
         return None
     if _pointwise(step):
         matrix = weight.reshape(weight.shape[:2])
-        planes = step.output.shape[0] * cost(matrix, pixels, best_block(matrix, pixels))
-        return None if padding else Candidate(step, source, (), macs, planes)
-    if weight.shape[1] > FEW or slide.stride[0] > slide.size[0] * slide.dilation[0]:
+        costs = (dense_cost(matrix, pixels), cost(matrix, pixels, best_block(matrix, pixels)))
+        last, planes = (step.output.shape[0] * paid for paid in costs)
+        return None if padding else Candidate(step, source, (), last, planes)
+    if weight.shape[1] > FEW:
         return None
     depthwise = (DEPTHWISE, DEPTHWISE * slide.stride[1])
     last, planes = depthwise if step.kernel == "depthwise_f32" else (FEW_LAST, FEW_PLANES)
@@ -223,14 +225,15 @@ def _into_planes(network: Network, candidate: Candidate) -> None:
     source = candidate.padding[-1].inputs[0] if candidate.padding else step.inputs[0]
     for other in candidate.padding:
         network.steps.remove(other)
-    needs_arena = candidate.sparse and source.buffer.place != "arena"  # it reads whole vectors
+    pointwise = _pointwise(step)
+    needs_arena = pointwise and source.buffer.place != "arena"  # it reads whole vectors
     if not planar(source) or needs_arena:
         source = _copied(network, step, source, in_planes(Buffer("float32", 0), source.shape))
     step.inputs[0] = source.in_order(PLANES)
     if not planar(step.output):
         _written(network, step, in_planes(Buffer("float32", 0), step.output.shape))
     step.output = step.output.in_order(PLANES)
-    if candidate.sparse:
+    if pointwise:
         step.kernel = "sparse_f32"
     else:
         step.kernel = "window_f32"

@@ -61,7 +61,7 @@ def columns(weight: Array, block: int) -> Columns:
 
 # What a multiplication costs in planes over one of the dense kernel, channels last; measured (docs/sparse_c.md).
 COST = {1: 1.7, 2: 1.15, 4: 1.1}
-PER_OUTPUT = 5.0  # multiplications that beginning and storing one output of one pixel is worth
+PER_OUTPUT, PER_DENSE_OUTPUT = 5.0, 8.0  # multiplications that beginning and storing one output of one pixel is worth
 
 
 def cost(weight: Array, pixels: int, block: int) -> float:
@@ -71,6 +71,11 @@ def cost(weight: Array, pixels: int, block: int) -> float:
     padded[: weight.shape[0]] = weight != 0
     stored = block * int(padded.reshape(-1, block, weight.shape[1]).any(1).sum())
     return rounded(pixels, VECTOR) * (COST[block] * stored + PER_OUTPUT * outputs)
+
+
+def dense_cost(weight: Array, pixels: int) -> float:
+    """Of the same convolution with channels last, whatever its weights."""
+    return float(pixels * (weight.size + PER_DENSE_OUTPUT * weight.shape[0]))
 
 
 def best_block(weight: Array, pixels: int) -> int:

@@ -156,12 +156,10 @@ def test_sanitizers_find_nothing(artifact: Artifact, tmp_path: Path) -> None:
 
 def test_a_missing_operator_ends_the_command_with_exit_7_and_its_name(edgepack: Any, tmp_path: Path) -> None:
     (tmp_path / "models.py").write_text(
-        "from torch import nn\n\n\ndef network():\n    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 2, 3))\n"
+        "from torch import nn\n\n\ndef network():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 2, 3))\n"
     )
-    recipe = (
-        '[model]\nmodule = "models.py:network"\n[task]\ninput = { shape = [1, 3, 8, 8] }\n'
-        '[[export]]\nuse = "c"\n'
-    )
+    recipe = '[model]\nmodule = "models.py:network"\n[task]\ninput = { shape = [1, 3, 8, 8] }\n[[export]]\nuse = "c"\n'
     (tmp_path / "edgepack.toml").write_text(recipe)
     status, _, error = edgepack("run", str(tmp_path / "edgepack.toml"))
     assert status == 7

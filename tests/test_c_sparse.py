@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_the_cost_falls_with_zeros_and_passes_that_of_the_dense_kernel() -> None
 # --- networks ------------------------------------------------------------------------------------------------------
 
 
-def conv(inputs: int, outputs: int, size: int = 1, **options: int) -> nn.Conv2d:
+def conv(inputs: int, outputs: int, size: int = 1, **options: Any) -> nn.Conv2d:
     """Weights and biases of −2 to 2."""
     made = nn.Conv2d(inputs, outputs, size, **options)
     with torch.no_grad():
@@ -109,7 +110,7 @@ def only(inputs: int, outputs: int, *places: tuple[int, int]) -> nn.Conv2d:
     return made
 
 
-def depth(channels: int, size: int = 3, **options: int) -> nn.Conv2d:
+def depth(channels: int, size: int = 3, **options: Any) -> nn.Conv2d:
     return conv(channels, channels, size, groups=channels, **options)
 
 
@@ -173,6 +174,8 @@ CASES: dict[str, Case] = {
     "dilated, stride 3": (lambda a, d, b, x: b(d(a(x))),
                           (point(24, 32), depth(32, 3, padding=2, dilation=2, stride=3), point(32, 24)),
                           (1, 24, 11, 13)),
+    "strides beyond the kernel": (lambda a, d, b, x: b(d(a(x))),
+                                  (point(24, 32), depth(32, 2, stride=(4, 3)), point(32, 24)), (1, 24, 15, 14)),
     "grouped": (lambda a, d, b, x: b(d(a(x))), (point(24, 32), conv(32, 48, 3, groups=16), point(48, 24)),
                 (1, 24, 7, 7)),
     "mean": (lambda a, x: a(x).mean((2, 3)) * 64, (point(24, 32),), (1, 24, 8, 8)),
