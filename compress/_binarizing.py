@@ -102,7 +102,10 @@ class Binarizing:
             return
         if settings.norms != "train":
             self.run.note("binarize: batch norms learn the statistics of the batches: those of before are of no use")
-        pull = TreePull(list(self.layers.values()), self.options.mst, self.options.mst_weight, settings.epochs)
+        pull = TreePull(
+            list(self.layers.values()), self.options.mst, self.options.mst_weight, settings.epochs,
+            self.options.mst_density,
+        )  # fmt: skip
         used = self.options.mst != "none" and self.options.mst_weight > 0
         hold = Hold(losses=[pull.loss], schedule=[pull.advance]) if used else Hold()
         tune(module.train(), self.task, self.run, replace(settings, norms="train"), hold)
