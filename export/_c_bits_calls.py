@@ -80,16 +80,17 @@ def _sign_bits(writer: Writer, step: Step) -> list[str]:
 
 
 def _tree_bits(writer: Writer, step: Step) -> list[str]:
-    fields, found = _fields(step), step.options["tables"]
+    fields, found, ways = _fields(step), step.options["tables"], step.options["ways"]
     members = {**found.numbers, **{k: writer.constant(v, f"{step.name}_{k}") for k, v in found.arrays.items()}}
     assert step.scratch is not None
     scratch = f"nn_arena + {step.scratch.offset}"
     places = [writer.pointer(step.inputs[0]), scratch, writer.pointer(step.output, True)]
-    return [
-        f"static const nn_conv p = {{{_numbers(fields)}}};",
-        f"static const nn_tree t = {{{_numbers(members)}}};",
-        f"nn_tree_bits(&p, &t, {', '.join(places)});",
-    ]
+    tree = [f"static const nn_tree t = {{{_numbers(members)}}};", f"nn_tree_bits(&p, &t, {', '.join(places)});"]
+    if all(ways.values()):
+        return [f"static const nn_conv p = {{{_numbers(fields)}}};", *tree]
+    define, *plain = _sign_bits(writer, step)
+    condition = "nn_has_popcount()" if ways["avx2"] else "!nn_has_popcount()"
+    return [define, f"if ({condition}) {{", *plain, "} else {", *tree, "}"]
 
 
 def _signs(writer: Writer, step: Step) -> list[str]:

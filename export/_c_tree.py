@@ -16,6 +16,7 @@ from edgepack.trees import ROOT, Tree
 WORD = 32  # channels of a word
 WALKED = 128  # bytes of pixels that are counted together at most
 TOGETHER = 8  # planes
+MOST = 1 << 16  # rows of pixels that can be numbered
 DEEPEST = 24  # bits of a counter, as in bits_tree.h
 
 
@@ -46,8 +47,8 @@ class Tables:
     scratch_bytes: int
 
 
-def tables(signs: Array, tree: Tree, limit: Array, turn: Array, frame: Frame) -> Tables:
-    """Tables of a layer.
+def tables(signs: Array, tree: Tree, limit: Array, turn: Array, frame: Frame) -> Tables | None:
+    """Tables of a layer; None for one with more planes than can be numbered.
 
     Args:
         signs: bool (outputs, inputs, rows, columns), true for +1.
@@ -55,6 +56,8 @@ def tables(signs: Array, tree: Tree, limit: Array, turn: Array, frame: Frame) ->
         turn: bool (outputs,).
     """
     cut = _Cut(frame, *signs.shape[1:])
+    if cut.constant + cut.plane_bytes >= MOST * cut.row_bytes:
+        return None
     flat = signs.reshape(len(signs), -1)
     order, places, limits = [], [], []
     moved = np.zeros(len(signs), np.int64)  # what counts hold too much
@@ -75,13 +78,13 @@ def tables(signs: Array, tree: Tree, limit: Array, turn: Array, frame: Frame) ->
     limits = np.where((least[rows, None] >> np.arange(counters)) & 1, 0, 0xFFFFFFFF).astype(np.uint32)
     turned = np.where(turn[rows], 0xFFFFFFFF, 0).astype(np.uint32)
     numbers = {
-        "variants": len(cut.variants), "words": cut.words, "row_bytes": cut.row_bytes, "plane_bytes": cut.plane_bytes,
+        "variants": len(cut.variants), "words": cut.words, "row_bytes": cut.row_bytes, "plane_bytes": cut.plane_bytes, "band": cut.band,
         "step_row": frame.stride[0] * frame.row, "step_pixel": frame.stride[1] * frame.pixel, "counters": counters,
         "outputs": len(signs),
     }  # fmt: skip
     arrays = {
-        "starts": cut.starts, "rows": cut.rows, "order": np.array(order, np.int32),
-        "places": np.concatenate(places).astype(np.int32), "limits": limits, "turn": turned,
+        "starts": cut.starts, "beyond": cut.beyond, "order": np.array(order, np.int32),
+        "places": (np.concatenate(places) // cut.row_bytes).astype(np.uint16), "limits": limits, "turn": turned,
     }  # fmt: skip
     planes = (len(cut.variants) * cut.words * WORD + 2 + len(signs)) * cut.plane_bytes
     return Tables(numbers, arrays, planes + len(slots) * counters * WALKED)
@@ -101,12 +104,13 @@ class _Cut:
         self.variants = sorted({(phase, column) for _, phase in shifts for column in range(columns)})
         self.words, self.row_bytes = -(-inputs // WORD), -(-frame.width // 8)
         deepest = max(down for down, _ in shifts)
-        walked = -(-frame.height * self.row_bytes // WALKED) * WALKED
-        self.plane_bytes = -(-(walked + deepest * self.row_bytes + 4) // 8) * 8
+        self.band = min(frame.height, max(1, WALKED // self.row_bytes))
+        walked = -(-self.band * self.row_bytes // WALKED) * WALKED
+        self.plane_bytes = -(-(walked + deepest * self.row_bytes + 4) // self.row_bytes) * self.row_bytes
         places = [phase * frame.row + column * frame.dilation[1] * frame.pixel for phase, column in self.variants]
         self.starts = np.array(places, np.int32)
         read = {phase: max(down for down, other in shifts if other == phase) for _, phase in shifts}
-        self.rows = np.array([frame.height + read[phase] for phase, _ in self.variants], np.int32)
+        self.beyond = np.array([read[phase] for phase, _ in self.variants], np.int32)
         channels = np.arange(inputs)[:, None, None]
         variant = np.array([[self.variants.index((p, c)) for c in range(columns)] for _, p in shifts])
         down = np.array([d for d, _ in shifts])[:, None]

@@ -19,6 +19,7 @@ static int level(void)
     }
     return found;
 }
+int nn_has_popcount(void) { return level() == 2; }
 #define NN_CHOOSE(kernel, arguments) \
     const int here = level(); \
     if (here == 2) \
@@ -28,8 +29,10 @@ static int level(void)
     else \
         kernel##_plain arguments;
 #elif defined NN_NEON
+int nn_has_popcount(void) { return 1; }
 #define NN_CHOOSE(kernel, arguments) kernel##_neon arguments;
 #else
+int nn_has_popcount(void) { return 0; }
 #define NN_CHOOSE(kernel, arguments) kernel##_plain arguments;
 #endif
 

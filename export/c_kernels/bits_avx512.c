@@ -96,7 +96,7 @@ TARGET static INLINE B b_and(B a, B b) { return _mm512_and_si512(a, b); }
 TARGET static INLINE B b_odd(B a, B b, B c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
 TARGET static INLINE B b_most(B a, B b, B c) { return _mm512_ternarylogic_epi32(a, b, c, 0xe8); }
 TARGET static INLINE B b_some(B a, B b, B c) { return _mm512_ternarylogic_epi32(a, b, c, 0x71); }
-TARGET static INLINE const int32_t *again(const int32_t *p)
+TARGET static INLINE const uint16_t *again(const uint16_t *p)
 {
     __asm__("" : "+r"(p)); /* sixteen places are no longer in registers: read them once more */
     return p;

@@ -15,12 +15,13 @@ TARGET static INLINE B NAME(tree_pair)(B *sum, B x, B y, const int zeros)
     return carry;
 }
 
-TARGET static INLINE B NAME(tree_eight)(B *sum, const unsigned char *planes, const int32_t *at, const int zeros)
+TARGET static INLINE B NAME(tree_eight)(B *sum, const unsigned char *planes, ptrdiff_t row, const uint16_t *at,
+                                        const int zeros)
 {
     B two[4];
     int i;
     for (i = 0; i < 4; i++)
-        two[i] = NAME(tree_pair)(sum, b_load(planes + at[2 * i]), b_load(planes + at[2 * i + 1]), zeros);
+        two[i] = NAME(tree_pair)(sum, b_load(planes + row * at[2 * i]), b_load(planes + row * at[2 * i + 1]), zeros);
     two[0] = NAME(tree_pair)(sum + 1, two[0], two[1], 0);
     two[2] = NAME(tree_pair)(sum + 1, two[2], two[3], 0);
     return NAME(tree_pair)(sum + 2, two[0], two[2], 0);
@@ -38,18 +39,18 @@ TARGET static INLINE void NAME(tree_carry)(B *high, B carry, int top)
 }
 
 /* Sixteen planes: `first` eight, then `second` eight, each where 1 or 0. */
-TARGET static INLINE void NAME(tree_sixteen)(B *low, B *high, const unsigned char *planes, const int32_t *at, int top,
-                                             const int first, const int second)
+TARGET static INLINE void NAME(tree_sixteen)(B *low, B *high, const unsigned char *planes, ptrdiff_t row,
+                                             const uint16_t *at, int top, const int first, const int second)
 {
-    const B one = NAME(tree_eight)(low, planes, at, first);
-    const B two = NAME(tree_eight)(low, planes, at + 8, second);
+    const B one = NAME(tree_eight)(low, planes, row, at, first);
+    const B two = NAME(tree_eight)(low, planes, row, at + 8, second);
     NAME(tree_carry)(high, NAME(tree_pair)(low + 3, one, two, 0), top);
 }
 
-TARGET static INLINE void NAME(tree_half)(B *low, B *high, const unsigned char *planes, const int32_t *at, int top,
-                                          const int zeros)
+TARGET static INLINE void NAME(tree_half)(B *low, B *high, const unsigned char *planes, ptrdiff_t row, const uint16_t *at,
+                                          int top, const int zeros)
 {
-    const B carry = NAME(tree_eight)(low, planes, at, zeros), next = b_and(low[3], carry);
+    const B carry = NAME(tree_eight)(low, planes, row, at, zeros), next = b_and(low[3], carry);
     low[3] = b_xor(low[3], carry);
     NAME(tree_carry)(high, next, top);
 }
@@ -61,20 +62,20 @@ typedef struct {
 } NAME(tree_sum);
 
 #define SIXTEEN(first, second) \
-    NAME(tree_sixteen)(low, one->high, planes, at, top, first, second); \
+    NAME(tree_sixteen)(low, one->high, planes, row, at, top, first, second); \
     if (vectors > 1) \
-        NAME(tree_sixteen)(more, two->high, planes + UNIT, AGAIN(at), top, first, second); \
+        NAME(tree_sixteen)(more, two->high, planes + UNIT, row, AGAIN(at), top, first, second); \
     at += 16;
 #define HALF(zeros) \
-    NAME(tree_half)(low, one->high, planes, at, top, zeros); \
+    NAME(tree_half)(low, one->high, planes, row, at, top, zeros); \
     if (vectors > 1) \
-        NAME(tree_half)(more, two->high, planes + UNIT, AGAIN(at), top, zeros); \
+        NAME(tree_half)(more, two->high, planes + UNIT, row, AGAIN(at), top, zeros); \
     at += 8;
 
 /* Count planes: `ones` and `zeros` are how many there are, in eights. Returns where the next ones stand. */
-TARGET static INLINE const int32_t *NAME(tree_count)(NAME(tree_sum) *one, NAME(tree_sum) *two,
-                                                     const unsigned char *planes, const int32_t *at, int ones, int zeros,
-                                                     int top, const int vectors)
+TARGET static INLINE const uint16_t *NAME(tree_count)(NAME(tree_sum) *one, NAME(tree_sum) *two,
+                                                      const unsigned char *planes, ptrdiff_t row, const uint16_t *at,
+                                                      int ones, int zeros, int top, const int vectors)
 {
     B low[4] = {b_none(), b_none(), b_none(), b_none()}, more[4] = {b_none(), b_none(), b_none(), b_none()};
     int b;
@@ -138,7 +139,8 @@ TARGET static INLINE void NAME(tree_walk)(const nn_tree *t, const unsigned char 
                                           unsigned char *found, const int vectors)
 {
     const ptrdiff_t size = (ptrdiff_t)t->counters * UNIT;
-    const int32_t *step = t->order, *at = t->places;
+    const int32_t *step = t->order;
+    const uint16_t *at = t->places;
     const uint32_t *limit = t->limits;
     NAME(tree_sum) one, two;
     int i;
@@ -150,7 +152,7 @@ TARGET static INLINE void NAME(tree_walk)(const nn_tree *t, const unsigned char 
         NAME(tree_start)(&one, top);
         if (vectors > 1)
             NAME(tree_start)(&two, top);
-        at = NAME(tree_count)(&one, &two, planes, at, step[3], step[4], top, vectors);
+        at = NAME(tree_count)(&one, &two, planes, t->row_bytes, at, step[3], step[4], top, vectors);
         NAME(tree_finish)(t, &one, top, parent, own, limit, t->turn[i], to);
         if (vectors > 1)
             NAME(tree_finish)(t, &two, top, parent ? parent + size : NULL, own ? own + size : NULL, limit, t->turn[i],
@@ -159,12 +161,13 @@ TARGET static INLINE void NAME(tree_walk)(const nn_tree *t, const unsigned char 
 }
 
 /* Planes of every variant and channel, then one of zeros and one of ones. */
-TARGET static void NAME(tree_planes)(const nn_conv *p, const nn_tree *t, const uint32_t *in, unsigned char *planes)
+TARGET static void NAME(tree_planes)(const nn_conv *p, const nn_tree *t, const uint32_t *in, int height,
+                                     unsigned char *planes)
 {
     int v, w, r, x;
     for (v = 0; v < t->variants; v++)
         for (w = 0; w < t->words; w++, planes += 32 * (ptrdiff_t)t->plane_bytes)
-            for (r = 0; r < t->rows[v]; r++) {
+            for (r = 0; r < height + t->beyond[v]; r++) {
                 const uint32_t *from = in + t->starts[v] + w + (ptrdiff_t)r * t->step_row;
                 for (x = 0; x < p->width; x += 32)
                     NAME(turn32)(from + (ptrdiff_t)x * t->step_pixel, 4 * t->step_pixel, p->width - x < 32 ? p->width - x : 32,
@@ -175,11 +178,12 @@ TARGET static void NAME(tree_planes)(const nn_conv *p, const nn_tree *t, const u
 }
 
 /* Bits of one output over pixels as bits of one pixel over outputs. */
-TARGET static void NAME(tree_results)(const nn_conv *p, const nn_tree *t, const unsigned char *found, uint32_t *out)
+TARGET static void NAME(tree_results)(const nn_conv *p, const nn_tree *t, const unsigned char *found, int height,
+                                      uint32_t *out)
 {
     int w, y, x;
     for (w = 0; w * 32 < t->outputs; w++, found += 32 * (ptrdiff_t)t->plane_bytes)
-        for (y = 0; y < p->height; y++)
+        for (y = 0; y < height; y++)
             for (x = 0; x < p->width; x += 32) {
                 const int rows = t->outputs - 32 * w < 32 ? t->outputs - 32 * w : 32;
                 const unsigned char *from = found + y * (ptrdiff_t)t->row_bytes + x / 8;
@@ -195,15 +199,17 @@ TARGET void NAME(nn_tree_bits)(const nn_conv *p, const nn_tree *t, const uint32_
 {
     unsigned char *const found = scratch + ((ptrdiff_t)t->variants * t->words * 32 + 2) * t->plane_bytes;
     unsigned char *const slots = found + (ptrdiff_t)t->outputs * t->plane_bytes;
-    const int bytes = p->height * t->row_bytes;
-    int n, at;
-    for (n = 0; n < p->batch; n++) {
-        NAME(tree_planes)(p, t, in + (ptrdiff_t)n * p->in_batch, scratch);
-        for (at = 0; at < bytes; at += 2 * UNIT)
-            if (bytes - at > UNIT)
-                NAME(tree_walk)(t, scratch + at, slots, found + at, 2);
-            else
-                NAME(tree_walk)(t, scratch + at, slots, found + at, 1);
-        NAME(tree_results)(p, t, found, out + (ptrdiff_t)n * p->out_batch);
-    }
+    int n, y, at;
+    for (n = 0; n < p->batch; n++)
+        for (y = 0; y < p->height; y += t->band) {
+            const int height = p->height - y < t->band ? p->height - y : t->band, bytes = height * t->row_bytes;
+            const uint32_t *from = in + (ptrdiff_t)n * p->in_batch + (ptrdiff_t)y * t->step_row;
+            NAME(tree_planes)(p, t, from, height, scratch);
+            for (at = 0; at < bytes; at += 2 * UNIT)
+                if (bytes - at > UNIT)
+                    NAME(tree_walk)(t, scratch + at, slots, found + at, 2);
+                else
+                    NAME(tree_walk)(t, scratch + at, slots, found + at, 1);
+            NAME(tree_results)(p, t, found, height, out + (ptrdiff_t)n * p->out_batch + (ptrdiff_t)y * p->out_row);
+        }
 }
