@@ -27,7 +27,7 @@ class Prices:
     output: float
 
 
-PRICES = {"avx512": Prices(0.41, 3.0, 15.0, 11.0, 17.0), "avx2": Prices(1.2, 3.0, 15.0, 9.0, 12.0)}
+PRICES = {"avx512": Prices(0.42, 8.3, 18.0, 12.5, 20.0), "avx2": Prices(0.63, 9.9, 15.5, 11.7, 14.2)}
 
 
 def choose(network: Network, kernel: str) -> None:
@@ -60,22 +60,32 @@ def _tables(step: Step) -> Tables | None:
 
 def plain(step: Step, level: str) -> float:
     """Nanoseconds of a layer, output by output."""
-    layer: Layer = step.options["layer"]
-    pixels = step.output.sizes[step.output.axis(2)] * step.output.sizes[step.output.axis(3)]
-    words = -(-layer.signs.shape[1] // WORD) * layer.signs[0, 0].size
-    vectors = -(-layer.outputs // BLOCK) * BLOCK // WORDS[level][1]
-    return pixels * (PRICES[level].product * words * vectors + PRICES[level].pixel * -(-layer.outputs // 64))
+    products, pixels = terms(step, level)[:2]
+    return PRICES[level].product * products + PRICES[level].pixel * pixels
 
 
 def along(step: Step, level: str) -> float:
-    """Nanoseconds of a layer along its tree."""
+    """Nanoseconds of a layer along its tree; where vectors of AVX-512 would be half empty, those of AVX2 are used."""
+    numbers = step.options["tables"].numbers
+    level = "avx2" if numbers["band"] * numbers["row_bytes"] <= WORDS["avx2"][0] else level
+    blocks, sixteens, outputs = terms(step, level)[2:]
+    return PRICES[level].block * blocks + PRICES[level].sixteen * sixteens + PRICES[level].output * outputs
+
+
+def terms(step: Step, level: str) -> tuple[float, float, float, float, float]:
+    """How often each price is paid."""
+    layer: Layer = step.options["layer"]
     found: Tables = step.options["tables"]
-    price, numbers = PRICES[level], found.numbers
+    numbers, (octets, lanes) = found.numbers, WORDS[level]
     height, width = (step.output.sizes[step.output.axis(axis)] for axis in (2, 3))
+    words = -(-layer.signs.shape[1] // WORD) * layer.signs[0, 0].size
+    vectors = -(-layer.outputs // BLOCK) * BLOCK // lanes
     bands = [min(numbers["band"], height - start) for start in range(0, height, numbers["band"])]
-    across, rows = -(-width // WORD), int(found.arrays["beyond"].sum())
-    blocks = sum(numbers["words"] * (numbers["variants"] * band + rows) + -(-numbers["outputs"] // WORD) * band
+    beyond, across = int(found.arrays["beyond"].sum()), -(-width // WORD)
+    blocks = sum(numbers["words"] * (numbers["variants"] * band + beyond) + -(-layer.outputs // WORD) * band
                  for band in bands) * across  # fmt: skip
-    vectors = sum(-(-band * numbers["row_bytes"] // WORDS[level][0]) for band in bands)
+    passes = sum(-(-band * numbers["row_bytes"] // octets) for band in bands)
     sixteens = len(found.arrays["places"]) / 16
-    return price.block * blocks + vectors * (price.sixteen * sixteens + price.output * numbers["outputs"])
+    pixels = height * width
+    return (pixels * words * vectors, pixels * -(-layer.outputs // (4 * lanes)), blocks, passes * sixteens,
+            passes * layer.outputs)  # fmt: skip

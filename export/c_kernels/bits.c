@@ -54,6 +54,12 @@ void nn_sign_bits(const nn_conv *p, const nn_counts *q, const uint32_t *in, cons
 
 void nn_tree_bits(const nn_conv *p, const nn_tree *t, const uint32_t *in, unsigned char *scratch, uint32_t *out)
 {
+#ifdef NN_X86
+    if (level() == 2 && t->band * t->row_bytes <= 32) { /* vectors of AVX-512 would be half empty */
+        nn_tree_bits_avx2(p, t, in, scratch, out);
+        return;
+    }
+#endif
     NN_CHOOSE(nn_tree_bits, (p, t, in, scratch, out))
 }
 

@@ -10,9 +10,11 @@ TARGET static INLINE void NAME(turn32)(const void *in, int step, int count, unsi
     __m256i v[4], w[4];
     int i, b;
     for (i = 0; i < 4; i++, from += 8 * (ptrdiff_t)step)
-        if (step == 4 && count == 32)
+        if (count <= 8 * i)
+            v[i] = _mm256_setzero_si256();
+        else if (step == 4 && count >= 8 * i + 8)
             v[i] = _mm256_loadu_si256((const __m256i *)(const void *)from);
-        else if (step == 8 && count == 32) {
+        else if (step == 8 && count >= 8 * i + 8) {
             const __m256 one = _mm256_loadu_ps((const float *)(const void *)from);
             const __m256 two = _mm256_loadu_ps((const float *)(const void *)(from + 28)); /* not beyond the last */
             v[i] = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(one, two, 0xd8)), 0xd8);
