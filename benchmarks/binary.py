@@ -1,6 +1,12 @@
-"""Binary networks: what the tree term saves, what it costs, how fast the kernels are. Writes results/binary.json, docs/binary.md.
+"""Binary networks: what the tree term saves and costs, how fast the kernels are. Writes results/binary.json, docs/binary.md.
 
-    python benchmarks/binary.py train            # float, binary without the term, binary with it; goes on where it stopped
+    python benchmarks/binary.py train      # float, binary without the term, binary with it; goes on where it stopped
+    python benchmarks/binary.py project    # trees of the binary one shortened without training
+    python benchmarks/binary.py export     # C of all three, ONNX of the float one with floats and 8-bit integers
+    python benchmarks/binary.py race       # time them: nothing else should run
+    python benchmarks/binary.py programs   # programs of single layers
+    python benchmarks/binary.py kernels    # time those: nothing else should run
+    python benchmarks/binary.py document   # only write the page from the stored results
 
 A small ResNet on the 10,000 training images of Fashion-MNIST in the data folder, scored on the 3,000 others.
 """
@@ -9,24 +15,36 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import _binary_kernels as layers
+import _binary_page as page
 import torch
+from _binary_kernels import Shape
 from _binary_net import BINARY, Residual
 from torch import nn
 
-from edgepack import metrics
+from edgepack import metrics, parts
+from edgepack.artifact import MANIFEST, Artifact
 from edgepack.compress._tune import Tune, tune
 from edgepack.compress.binarize import Binarize
-from edgepack.compressing import PassRun
+from edgepack.compress.fold import Fold
+from edgepack.compress.quantize import Quantize
+from edgepack.compressing import COMPRESSED, PassRun, compress
+from edgepack.contracts import Exporter, Settings
 from edgepack.data import open_data
+from edgepack.devices.host import Host
+from edgepack.exporting import export
 from edgepack.plan import Plan
+from edgepack.profiling import profile
 from edgepack.progress import Silent
 from edgepack.task import Input, Task
+from edgepack.versions import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = "fashion_mnist_subset.npz"
@@ -91,6 +109,8 @@ def stored(options: argparse.Namespace, name: str) -> nn.Module:
 
 
 def train(options: argparse.Namespace) -> None:
+    known = options.work / "rows.json"
+    rows = json.loads(known.read_text()) if known.exists() else {}
     for name in options.networks:
         path = options.work / f"{name}.pt"
         if path.exists():
@@ -98,7 +118,10 @@ def train(options: argparse.Namespace) -> None:
         module, row = NETWORKS[name](options)
         row = {**row, "accuracy": accuracy(module, options.data)}
         torch.save(module, path)
-        torch.save(row, path.with_suffix(".row"))
+        kept = {key: row[key] for key in ("settings", "seconds", "trees", "mst_weight", "mst_density") if key in row}
+        rows[name] = {"network": name, "accuracy": row["accuracy"], "samples": 3000, **kept}
+        known.write_text(json.dumps(rows))
+        page.store("networks", list(rows.values()), facts())
         sys.stdout.write(f"{name}: {row['accuracy']:.4f}\n{row.get('trees', '')}\n")
         sys.stdout.flush()
 
@@ -112,18 +135,93 @@ def accuracy(module: nn.Module, folder: Path) -> float:
     return right / len(data)
 
 
-STAGES: Mapping[str, Callable[[argparse.Namespace], None]] = {"train": train}
+def export_all(options: argparse.Namespace) -> None:
+    """Files of the race; those that are there stay."""
+    small = replace(task(options.data), training=None, metric=None, augment="")
+    jobs: dict[str, tuple[str, list[Any], list[str]]] = {
+        "float": ("float", [Fold()], ["onnx", "c"]), "int8": ("float", [Quantize(explain=False)], ["onnx"]),
+        "plain": ("plain", [Fold()], ["c"]), "tree": ("tree", [Fold()], ["c"]),
+    }  # fmt: skip
+    for name, (network, passes, targets) in jobs.items():
+        out = options.work / "race" / name
+        if not (out / COMPRESSED / MANIFEST).exists():
+            compress(stored(options, network), small, passes, out, Silent())
+        for target in targets:
+            if not (out / target / MANIFEST).exists():
+                (found,) = export(out, [parts.find(Exporter, target)()], Silent())
+                sys.stdout.write(f"{name} {target}: {found.artifact.manifest.parity.max_rel}, {found.artifact.manifest.census}\n")
+
+
+RACE = {"float, ONNX Runtime": "float/onnx", "8 bits, ONNX Runtime": "int8/onnx", "float, C": "float/c",
+        "binary, C": "plain/c", "binary, tree term, C": "tree/c"}  # fmt: skip
+
+
+def race(options: argparse.Namespace) -> None:
+    artifacts = [Artifact.open(options.work / "race" / place) for place in RACE.values()]
+    settings = Settings(max_seconds=options.seconds, cold=False)
+    found = profile(artifacts, Host(), None, settings, Silent())
+    rows = [
+        {"file": name, "ms": item.conditions["floor_ms"], "bytes": artifact.size_bytes,
+         "ratio": None if item.ratio is None else asdict(item.ratio)}
+        for name, artifact, item in zip(RACE, artifacts, found, strict=True)
+    ]  # fmt: skip
+    page.store("race", rows, facts())
+
+
+SHAPES = [
+    *(Shape(64, 64, 3, 32, 1, density) for density in (0.05, 0.1, 0.2, 0.4)),
+    *(Shape(128, 128, 3, 32, 1, density) for density in (0.1, 0.2)),
+    *(Shape(64, 64, 3, 56, 1, density) for density in (0.1, 0.2)),
+    *(Shape(64, 64, 3, side, 1, density) for side in (8, 14, 16) for density in (0.1, 0.2)),
+    Shape(64, 128, 3, 28, 2, 0.1), Shape(128, 128, 3, 7, 1, 0.1), Shape(128, 128, 3, 16, 1, 0.1),
+    Shape(256, 256, 3, 16, 1, 0.1), Shape(128, 256, 1, 28, 1, 0.1),
+]  # fmt: skip
+
+
+def programs(options: argparse.Namespace) -> None:
+    work = options.work / "kernels"
+    work.mkdir(parents=True, exist_ok=True)
+    found = {shape.name: layers.program(shape, work) for shape in SHAPES}
+    (work / "found.json").write_text(json.dumps(found))
+
+
+def kernels(options: argparse.Namespace) -> None:
+    work, rows = options.work / "kernels", []
+    known = json.loads((work / "found.json").read_text())
+    for shape in SHAPES:
+        times = {str(level): layers.run(shape, work, level) for level in (1, 2)}
+        assert all(found[3] for found in times.values()), shape
+        side = f"{shape.size}×{shape.size}{f' stride {shape.stride}' if shape.stride > 1 else ''} at {shape.side}×{shape.side}"
+        row = {"shape": f"{shape.inputs}→{shape.outputs} {side}", "operations": shape.operations, "ns": times,
+               **{key: known[shape.name][key] for key in ("density", "depth", "model_ns")}}  # fmt: skip
+        if shape == SHAPES[1]:
+            row["engines"] = layers.engines(shape)
+        rows.append(row)
+    page.store("kernels", rows, facts())
+
+
+def facts() -> dict[str, Any]:
+    return {"processor": Host().facts().get("processor", "unknown processor"), "versions": versions("torch", "onnxruntime")}
+
+
+STAGES: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    "train": train, "export": export_all, "race": race, "programs": programs, "kernels": kernels,
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("stage", choices=(*STAGES, "document"))
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=tuple(NETWORKS))
     parser.add_argument("--weight", type=float, default=WEIGHT, help="of the term that shortens trees")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of the race, at most")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "binary", help="what is trained and timed")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.stage == "document":
+        page.rewrite()
+        return
     STAGES[options.stage](options)
 
 
