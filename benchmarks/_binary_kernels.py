@@ -30,7 +30,7 @@ REPEATS = 400
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer: channels read and written, kernel, rows and columns of what it reads, stride, share of differing places."""
+    """A layer: channels read and written, kernel, rows and columns of what it reads, stride, differing share."""
 
     inputs: int
     outputs: int
@@ -51,7 +51,7 @@ class Shape:
 
 
 class Layer(nn.Module):
-    """Comparison, ±1 convolution, norm, comparison; and one output channel of what follows, so that bits are written."""
+    """Comparison, ±1 convolution, norm, comparison; and one channel of what follows, so that bits are written."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -88,7 +88,11 @@ def program(shape: Shape, work: Path) -> Mapping[str, Any]:
     packing = [one for one in network.steps if one.kernel in ("border", "pack_bits")]
     plain = Step("sign_bits", step.name, step.inputs, step.output, step.options)
     writer = Writer()
-    parts = [[line for one in packing for line in ("{", *call(writer, one), "}")], call(writer, plain), call(writer, step)]
+    parts = [
+        [line for one in packing for line in ("{", *call(writer, one), "}")],
+        call(writer, plain),
+        call(writer, step),
+    ]
     place, memory = work / shape.name, arena + ALIGNMENT
     place.mkdir(parents=True, exist_ok=True)
     _objects(work)
@@ -96,11 +100,22 @@ def program(shape: Shape, work: Path) -> Mapping[str, Any]:
     (place / "main.c").write_text(text)
     for level in (1, 2):
         objects = sorted(map(str, (work / f"level{level}").glob("*.o")))
-        words = ["cc", *FLAGS, f"-I{work / 'source'}", str(place / "main.c"), *objects, "-lm", "-o", str(place / str(level))]
+        words = [
+            "cc",
+            *FLAGS,
+            f"-I{work / 'source'}",
+            str(place / "main.c"),
+            *objects,
+            "-lm",
+            "-o",
+            str(place / str(level)),
+        ]
         subprocess.run(words, check=True)
     weights = step.options["layer"].signs
     tree = spanning_tree(distances(weights.reshape(len(weights), -1)))
-    costs = {level: [_c_bits_choose.plain(step, level), _c_bits_choose.along(step, level)] for level in _c_bits_choose.PRICES}
+    costs = {
+        level: [_c_bits_choose.plain(step, level), _c_bits_choose.along(step, level)] for level in _c_bits_choose.PRICES
+    }
     return {"density": tree.length / ((len(weights) - 1) * weights[0].size), "depth": tree.depth, "model_ns": costs,
             "terms": {level: _c_bits_choose.terms(step, level) for level in _c_bits_choose.PRICES}}  # fmt: skip
 
@@ -137,7 +152,12 @@ def _program(writer: Writer, parts: Sequence[Sequence[str]], sizes: tuple[int, i
 {chr(10).join(text.replace("const ", "static const ", 1) for text in writer.constants.values())}
 static unsigned char nn_memory[{memory}], held[{result}];
 static float v_x[{shape.inputs * shape.side**2}];
-static double now(void) {{ struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return 1e9 * (double)t.tv_sec + (double)t.tv_nsec; }}
+static double now(void)
+{{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return 1e9 * (double)t.tv_sec + (double)t.tv_nsec;
+}}
 int main(void)
 {{
     unsigned char *const nn_arena = nn_memory + (-(uintptr_t)nn_memory & {ALIGNMENT - 1});

@@ -49,8 +49,9 @@ def _table(heads: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
 def _networks(rows: Sequence[Row]) -> Iterator[str]:
     yield "## What the tree term saves"
     yield (
-        "A small ResNet (stem of stride 2, two blocks, 64 and 128 channels, 26.1 M multiply-adds) on the 10,000 training images of "
-        "Fashion-MNIST, scored on the 3,000 others; its four 3×3 layers behind the stem are binary. Both binary networks "
+        "A small ResNet (stem of stride 2, two blocks, 64 and 128 channels) on the 10,000 training images of "
+        "Fashion-MNIST, scored on the 3,000 others; its four 3×3 layers behind the stem are binary: "
+        f"{_dense(rows) / 1e6:.1f} M multiply-adds. Both binary networks "
         "start from the float one, which teaches them, and are trained on the same schedule; the last epoch is taken, "
         "nothing was chosen on the test images. Bit operations: XNORs of the binary layers, each output by itself ÷ "
         "along the tree."
@@ -67,7 +68,15 @@ def _networks(rows: Sequence[Row]) -> Iterator[str]:
             yield [*words, f"{trees['weights']:,}", f"{trees['stored_bits'] / trees['weights']:.3f}",
                    f"{tree / 1e6:.2f} M", f"{dense / tree:.2f}"]  # fmt: skip
 
-    heads = ["network", "top-1", "images", "binary weights", "bits per weight", "bit operations along the tree", "÷ without it"]
+    heads = [
+        "network",
+        "top-1",
+        "images",
+        "binary weights",
+        "bits per weight",
+        "bit operations along the tree",
+        "÷ without it",
+    ]
     yield _table(heads, cells())
     found = {row["network"]: row for row in rows}
     if {"plain", "tree"} <= set(found):
@@ -79,6 +88,10 @@ def _networks(rows: Sequence[Row]) -> Iterator[str]:
             f"**{ratios[1]:.2f} times** fewer stored bits, {100 * lost:+.2f} points lost."
         )
         yield _table(["layer", "density", "with the term", "depth", "bits per weight, stored as"], _layers(plain, tree))
+
+
+def _dense(rows: Sequence[Row]) -> int:
+    return next(int(row["trees"]["dense_operations"]) for row in rows if "trees" in row)
 
 
 def _layers(plain: Row, tree: Row) -> Iterator[list[str]]:
@@ -104,13 +117,13 @@ def _projected(rows: Sequence[Row]) -> Iterator[str]:
 def _race(rows: Sequence[Row]) -> Iterator[str]:
     yield "## Whole networks"
     yield (
-        "Batch 1, one thread, all files interleaved in one process; floors of block medians with the 95 % interval of the "
-        "ratio. ONNX Runtime computes the float network of the same architecture."
+        "Batch 1, one thread, all files interleaved in one process; floors of block medians with the 95 % interval "
+        "of the ratio. ONNX Runtime computes the float network of the same architecture."
     )
     yield _table(
         ["file", "ms", "÷ the first", "bytes"],
-        ([row["file"], f"{row['ms']:.4f}", "1" if row["ratio"] is None else _interval(row["ratio"]), f"{row['bytes']:,}"]
-         for row in rows),
+        ([row["file"], f"{row['ms']:.4f}", "1" if row["ratio"] is None else _interval(row["ratio"]),
+          f"{row['bytes']:,}"] for row in rows),
     )  # fmt: skip
 
 
@@ -122,8 +135,8 @@ def _kernels(rows: Sequence[Row]) -> Iterator[str]:
     yield "## Single layers"
     yield (
         "Whole layers from packed bits to packed bits with thresholds, one thread; *pack*: floats to bits before it. "
-        "Least of some hundred calls. *T/s*: XNORs per second, an XNOR and its count being one operation. *chosen*: what "
-        "the cost model takes, and its time over the better one's. ONNX Runtime computes the same convolution alone."
+        "Least of some hundred calls. *T/s*: XNORs per second, an XNOR and its count being one operation. *chosen*: "
+        "what the cost model takes, its time over the better one's. ONNX Runtime computes the same convolution alone."
     )
 
     def cells() -> Iterator[list[str]]:
@@ -134,8 +147,11 @@ def _kernels(rows: Sequence[Row]) -> Iterator[str]:
                 chosen = 1 if costs[1] < costs[0] else 0
                 loss = (plain, tree)[chosen] / min(plain, tree)
                 engines = row.get("engines") if level == 2 else None
-                beside = "–" if engines is None else " / ".join(
-                    f"{1e3 * engines[name] / (pack + plain):.1f}" for name in ("float32", "int8"))
+                beside = (
+                    "–"
+                    if engines is None
+                    else " / ".join(f"{1e3 * engines[name] / (pack + plain):.1f}" for name in ("float32", "int8"))
+                )
                 yield [row["shape"], f"{row['density']:.3f}", LEVELS[level], f"{pack / 1e3:.2f}",
                        f"{plain / 1e3:.2f} ({row['operations'] / plain / 1e3:.2f} T/s)", f"{tree / 1e3:.2f}",
                        f"**{plain / tree:.2f}**", f"{('xnor', 'tree')[chosen]} ({loss:.2f})", beside]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Binary networks: what the tree term saves and costs, how fast the kernels are. Writes results/binary.json, docs/binary.md.
+"""Binary networks: what the tree term saves, how fast kernels are. Writes results/binary.json, docs/binary.md.
 
     python benchmarks/binary.py train      # float, binary without the term, binary with it; goes on where it stopped
     python benchmarks/binary.py project    # trees of the binary one shortened without training
@@ -27,10 +27,14 @@ import _binary_page as page
 import torch
 from _binary_kernels import Shape
 from _binary_net import BINARY, Residual
+from safetensors.torch import load_file
 from torch import nn
 
 from edgepack import metrics, parts
 from edgepack.artifact import MANIFEST, Artifact
+from edgepack.compress._binarizing import tree_costs
+from edgepack.compress._binary import Binary
+from edgepack.compress._projecting import shorten, take_statistics
 from edgepack.compress._tune import Tune, tune
 from edgepack.compress.binarize import Binarize
 from edgepack.compress.fold import Fold
@@ -135,6 +139,30 @@ def accuracy(module: nn.Module, folder: Path) -> float:
     return right / len(data)
 
 
+def project(options: argparse.Namespace) -> None:
+    """The network without the term, its trees shortened by several shares of their length."""
+    rows = []
+    latent = load_file(options.work / "plain" / "tune" / "state.safetensors")
+    pixels = json.loads((options.work / "rows.json").read_text())["plain"]["trees"]["layers"]
+    for share in (0.0, 0.2, 0.4, 0.6):
+        module = stored(options, "plain")
+        binary = {name: layer for name, layer in module.named_modules() if isinstance(layer, Binary)}
+        for name, layer in binary.items():
+            shorten(layer.layer.weight.data, latent[f"module/{name}.layer.parametrizations.weight.original"], share)
+        if share:
+            take_statistics(module, task(options.data))
+        costs = [tree_costs(layer, pixels[name]["pixels"]) for name, layer in binary.items()]
+        total = {
+            key: sum(row[key] for row in costs)
+            for key in ("weights", "stored_bits", "dense_operations", "tree_operations")
+        }
+        rows.append({"share": share, "accuracy": accuracy(module, options.data),
+                     "bits": total["stored_bits"] / total["weights"],
+                     "saved": total["dense_operations"] / total["tree_operations"]})  # fmt: skip
+        sys.stdout.write(f"{rows[-1]}\n")
+    page.store("projected", rows, facts())
+
+
 def export_all(options: argparse.Namespace) -> None:
     """Files of the race; those that are there stay."""
     small = replace(task(options.data), training=None, metric=None, augment="")
@@ -149,7 +177,9 @@ def export_all(options: argparse.Namespace) -> None:
         for target in targets:
             if not (out / target / MANIFEST).exists():
                 (found,) = export(out, [parts.find(Exporter, target)()], Silent())
-                sys.stdout.write(f"{name} {target}: {found.artifact.manifest.parity.max_rel}, {found.artifact.manifest.census}\n")
+                sys.stdout.write(
+                    f"{name} {target}: {found.artifact.manifest.parity.max_rel}, {found.artifact.manifest.census}\n"
+                )
 
 
 RACE = {"float, ONNX Runtime": "float/onnx", "8 bits, ONNX Runtime": "int8/onnx", "float, C": "float/c",
@@ -191,7 +221,8 @@ def kernels(options: argparse.Namespace) -> None:
     for shape in SHAPES:
         times = {str(level): layers.run(shape, work, level) for level in (1, 2)}
         assert all(found[3] for found in times.values()), shape
-        side = f"{shape.size}×{shape.size}{f' stride {shape.stride}' if shape.stride > 1 else ''} at {shape.side}×{shape.side}"
+        stride = f" stride {shape.stride}" if shape.stride > 1 else ""
+        side = f"{shape.size}×{shape.size}{stride} at {shape.side}×{shape.side}"
         row = {"shape": f"{shape.inputs}→{shape.outputs} {side}", "operations": shape.operations, "ns": times,
                **{key: known[shape.name][key] for key in ("density", "depth", "model_ns")}}  # fmt: skip
         if shape == SHAPES[1]:
@@ -201,11 +232,14 @@ def kernels(options: argparse.Namespace) -> None:
 
 
 def facts() -> dict[str, Any]:
-    return {"processor": Host().facts().get("processor", "unknown processor"), "versions": versions("torch", "onnxruntime")}
+    return {
+        "processor": Host().facts().get("processor", "unknown processor"),
+        "versions": versions("torch", "onnxruntime"),
+    }
 
 
 STAGES: Mapping[str, Callable[[argparse.Namespace], None]] = {
-    "train": train, "export": export_all, "race": race, "programs": programs, "kernels": kernels,
+    "train": train, "project": project, "export": export_all, "race": race, "programs": programs, "kernels": kernels,
 }  # fmt: skip
 
 

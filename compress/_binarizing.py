@@ -125,7 +125,9 @@ class Binarizing:
             shorten(layer.layer.weight.data, latent[path], self.options.mst_projection)  # type: ignore[operator,union-attr]
         taken = take_statistics(module, self.task)
         after = self._score(module)
-        said = "" if before is None or after is None else f"; {self._metric.name} {before:.4g} before, {after:.4g} after"
+        said = (
+            "" if before is None or after is None else f"; {self._metric.name} {before:.4g} before, {after:.4g} after"
+        )
         self.run.record("projection", {"share": self.options.mst_projection, "before": before, "after": after})
         self.run.note(
             f"binarize: flipped {self.options.mst_projection:g} of the weights that differ along the trees"

@@ -1,4 +1,4 @@
-"""Shorter trees without training: in each channel the smallest latent weights that differ from its parent are flipped."""
+"""Shorter trees without training: the smallest latent weights that differ from a channel's parent change sign."""
 
 from __future__ import annotations
 

@@ -37,9 +37,7 @@ class TreePull:
         enough: share of differing places from which on a layer is left alone.
     """
 
-    def __init__(
-        self, layers: Sequence[Binary], to: str, weight: float, epochs: int, enough: float = 0.0
-    ) -> None:
+    def __init__(self, layers: Sequence[Binary], to: str, weight: float, epochs: int, enough: float = 0.0) -> None:
         self.layers, self.to, self.weight, self.epochs, self.enough = layers, to, weight, epochs, enough
         self.share, self.grown = 0.0, -1
         self.wanted: list[tuple[Tensor, Tensor]] = []

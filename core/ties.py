@@ -1,8 +1,8 @@
 """How near the choices of a network come to a tie.
 
 Where a network keeps the k largest of several scores, engines that agree to the last digits may still keep different
-ones when the k-th and the next are nearly equal; all that follows differs then, and no operator is wrong. So it is where
-a binary network takes the sign of a float: a value on the threshold falls to either side of it.
+ones when the k-th and the next are nearly equal; all that follows differs then, and no operator is wrong. So it is
+where a binary network takes the sign of a float: a value on the threshold falls to either side of it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ SHARE = 0.01  # of what outputs may differ by: floats before a comparison agree 
 def margins(graph: Graph, inputs: Arrays) -> Array | None:
     """Per sample the smallest margin of all its choices; None where the network makes none.
 
-    The margin of a top-k is (s_k − s_(k+1)) / |s_k|, of scores s in falling order; that of comparisons |x − t| / max |x|,
-    in hundredths: a network compares so many values that some are near, and only the nearest excuse a sample.
+    The margin of a top-k is (s_k − s_(k+1)) / |s_k|, of scores s in falling order; that of comparisons
+    |x − t| / max |x|, in hundredths: of so many values some are near, and only the nearest excuse a sample.
 
     Args:
         inputs: a stack of samples.

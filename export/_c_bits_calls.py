@@ -39,7 +39,11 @@ def _counts(writer: Writer, step: Step, **arrays: Any) -> str:
     layer: Layer = step.options["layer"]
     beside: Around | None = step.options["around"]
     if beside is not None:
-        arrays |= {"around": rows_of(beside.sums, layer.groups), "row_class": beside.rows, "column_class": beside.columns}
+        arrays |= {
+            "around": rows_of(beside.sums, layer.groups),
+            "row_class": beside.rows,
+            "column_class": beside.columns,
+        }
     values: dict[str, Any] = {name: writer.constant(array, f"{step.name}_{name}") for name, array in arrays.items()}
     values["column_classes"] = 0 if beside is None else beside.sums.shape[1]
     return f"static const nn_counts q = {{{_numbers({**values, 'places': layer.places})}}};"
@@ -97,7 +101,5 @@ def _signs(writer: Writer, step: Step) -> list[str]:
     return _walked(writer, step, number(step.options["high"]), number(step.options["low"]))
 
 
-CALLS.update(
-    pack_bits=_pack_bits, conv_bits=_conv_bits, sign_bits=_sign_bits, tree_bits=_tree_bits, signs_f32=_signs
-)
+CALLS.update(pack_bits=_pack_bits, conv_bits=_conv_bits, sign_bits=_sign_bits, tree_bits=_tree_bits, signs_f32=_signs)
 assert WORD == 2 * BLOCK  # a word of results is two blocks

@@ -1,6 +1,6 @@
 """Which kernel computes a layer of ±1 whose results are bits: every output by itself, or along their tree.
 
-Costs are nanoseconds on the processor that docs/binary.md names, fitted to layers timed there; only their ratio matters.
+Costs are nanoseconds on the processor that docs/binary.md names, fitted to layers timed there; only ratios matter.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ WORDS = {"avx512": (64, 16), "avx2": (32, 8)}  # bytes of pixels and outputs tha
 
 @dataclass(frozen=True)
 class Prices:
-    """Nanoseconds: of a product of vectors of outputs and one word, of a pixel's result; of a block of 32 × 32 bits that
-    is transposed, of sixteen planes' vector, of an output's vector."""
+    """Nanoseconds: of a product of vectors of outputs and one word, of a pixel's result; of a block of 32 × 32 bits
+    that is transposed, of sixteen planes' vector, of an output's vector."""
 
     product: float
     pixel: float
@@ -31,7 +31,7 @@ PRICES = {"avx512": Prices(0.42, 8.3, 18.0, 12.5, 20.0), "avx2": Prices(0.63, 9.
 
 
 def choose(network: Network, kernel: str) -> None:
-    """Let layers be computed along trees where that is faster on a processor with AVX-512, or everywhere, or nowhere."""
+    """Let layers be computed along trees where that is faster, with AVX-512 or without; or all, or none."""
     for step in network.steps:
         if step.kernel == "sign_bits" and kernel != "xnor":
             found = _tables(step)

@@ -195,7 +195,9 @@ class Sums(Lazy):
 
         rank = len(self.node.meta["val"].shape)
         ones = (1,) * (rank - 2)
-        value: Any = torch.from_numpy(values).reshape((-1, *ones, values.shape[1]) if self.linear else (*values.shape, *ones))
+        value: Any = torch.from_numpy(values).reshape(
+            (-1, *ones, values.shape[1]) if self.linear else (*values.shape, *ones)
+        )
         before = self.base
         with torch.no_grad():
             for node in self.chain:
@@ -248,7 +250,7 @@ def _compare(reader: Reader, node: Node, given: Given) -> Reached:
 
 
 def sums(reader: Reader, node: Node, signs: Signs, given: Given) -> Sums | None:
-    """A layer that adds signs; None where its weights are not ± one number per output, or its padding is of two kinds."""
+    """A layer that adds signs; None where weights are not ± one number per output, or padding is of two kinds."""
     if isinstance(given["weight"], (View, Lazy)) or isinstance(given["bias"], (View, Lazy)):
         return None
     weight, shape = as_array(given["weight"]), tuple(node.meta["val"].shape)

@@ -69,7 +69,16 @@ def tables(signs: Array, tree: Tree, limit: Array, turn: Array, frame: Frame) ->
         moved[channel] = 0 if parent == ROOT else moved[parent] + len(differing)
         ones, zeros = (_eights(cut, differing[flat[channel, differing] == one], one) for one in (True, False))
         bits = (len(ones) + len(zeros)).bit_length()
-        order.append([channel, slots.get(parent, -1), slots.get(channel, -1), len(ones) // TOGETHER, len(zeros) // TOGETHER, bits])
+        order.append(
+            [
+                channel,
+                slots.get(parent, -1),
+                slots.get(channel, -1),
+                len(ones) // TOGETHER,
+                len(zeros) // TOGETHER,
+                bits,
+            ]
+        )
         places += [ones, zeros]
     counters = int(flat.shape[1] + moved.max() + 1).bit_length()
     assert counters <= DEEPEST
@@ -78,7 +87,8 @@ def tables(signs: Array, tree: Tree, limit: Array, turn: Array, frame: Frame) ->
     limits = np.where((least[rows, None] >> np.arange(counters)) & 1, 0, 0xFFFFFFFF).astype(np.uint32)
     turned = np.where(turn[rows], 0xFFFFFFFF, 0).astype(np.uint32)
     numbers = {
-        "variants": len(cut.variants), "words": cut.words, "row_bytes": cut.row_bytes, "plane_bytes": cut.plane_bytes, "band": cut.band,
+        "variants": len(cut.variants), "words": cut.words, "row_bytes": cut.row_bytes, "plane_bytes": cut.plane_bytes,
+        "band": cut.band,
         "step_row": frame.stride[0] * frame.row, "step_pixel": frame.stride[1] * frame.pixel, "counters": counters,
         "outputs": len(signs),
     }  # fmt: skip

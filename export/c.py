@@ -48,7 +48,9 @@ class C(Exporter):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.binary not in BINARY:
-            raise ValueError(f"binary is one of {', '.join(BINARY)}, not {self.binary!r}; {nearest(self.binary, BINARY)}")
+            raise ValueError(
+                f"binary is one of {', '.join(BINARY)}, not {self.binary!r}; {nearest(self.binary, BINARY)}"
+            )
 
     def lower(self, graph: Graph, plan: Plan) -> Graph:
         _refuse_dynamic(graph)

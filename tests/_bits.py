@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Drawn(nn.Module):
-    """One layer: comparison, signs, padding with −1 or 0, convolution with ±1; then floats, or bits that are compared again.
+    """One layer: comparison, signs, padding with −1 or 0, convolution with ±1; then floats, or bits again.
 
     Attributes:
         said: its shape, for messages.

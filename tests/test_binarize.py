@@ -73,9 +73,7 @@ def test_projection_shortens_trees_and_says_what_it_costs(tmp_path: Path) -> Non
     options = {"mst": "none", "tune": replace(TUNE, epochs=2)}
     plain, before = binarized(tmp_path / "a", **options)
     short, after = binarized(tmp_path / "b", mst_projection=0.6, **options)
-    lengths = [
-        [row["tree_length"] for row in run.findings["binarize"]["layers"].values()] for run in (before, after)
-    ]
+    lengths = [[row["tree_length"] for row in run.findings["binarize"]["layers"].values()] for run in (before, after)]
     assert all(two < 0.6 * one for one, two in zip(*lengths, strict=True))
     found = after.findings["projection"]
     assert found["before"] == pytest.approx(accuracy(plain))

@@ -105,7 +105,7 @@ def test_thresholds_decide_as_pytorch_rounds(tmp_path: Path) -> None:
     second = binary(nn.Conv2d(64, 16, 1, bias=False))
     sums = torch.randint(-4, 5, (64, 1, 1)) * 2.0
     with torch.no_grad():
-        second.sign.threshold.copy_(norm.eval()((layer.scale(sums[None]) + layer.bias))[0])
+        second.sign.threshold.copy_(norm.eval()(layer.scale(sums[None]) + layer.bias)[0])
         second.scale.weight.fill_(1)
     artifact, simulation = write(captured(nn.Sequential(layer, norm, second), 1, 8, 9, 9), tmp_path / "c")
     for seed in range(3):
