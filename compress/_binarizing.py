@@ -122,7 +122,7 @@ class Binarizing:
         """Shorten the trees without training, and say what that costs."""
         before = self._score(module)
         for path, layer in self.layers.items():
-            shorten(layer.layer.weight.data, latent[path], self.options.mst_projection)  # type: ignore[operator,union-attr]
+            shorten(layer.layer.weight.data, latent[path], self.options.mst_projection)
         taken = take_statistics(module, self.task)
         after = self._score(module)
         said = (

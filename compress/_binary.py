@@ -35,7 +35,7 @@ class Sign(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return torch.where(x >= self.threshold, 1.0, -1.0)
-        signs: Tensor = _Step.apply(x, self.threshold, self.width)
+        signs: Tensor = _Step.apply(x, self.threshold, self.width)  # type: ignore[no-untyped-call]
         return signs
 
 

@@ -37,7 +37,7 @@ class Layer:
 
     @property
     def places(self) -> int:
-        return self.signs[0].size
+        return int(self.signs[0].size)
 
 
 @dataclass(frozen=True, eq=False)

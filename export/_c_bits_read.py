@@ -174,7 +174,7 @@ class Sums(Lazy):
             value = reader.values.get(source)
             if value is self:
                 continue
-            if isinstance(value, (View, Lazy)) or not hasattr(value, "shape"):
+            if value is None or isinstance(value, (View, Lazy)) or not hasattr(value, "shape"):
                 return False
             if not norm and not _by_channel(tuple(value.shape), rank, self.linear):
                 return False
@@ -269,9 +269,8 @@ def sums(reader: Reader, node: Node, signs: Signs, given: Given) -> Sums | None:
     found = weight_signs(weight)
     if found is None or mixed or (linear and signs.ends != NONE):
         return None
-    before, behind = (tuple(a + b[side] for a, b in zip(known, signs.ends, strict=True))
-                      for side, known in enumerate((slide.before, slide.behind)))  # fmt: skip
-    slide = replace(slide, before=before, behind=behind)
+    (top, bottom), (left, right) = _more(signs.ends, list(zip(slide.before, slide.behind, strict=True)))
+    slide = replace(slide, before=(top, left), behind=(bottom, right))
     bias = np.zeros(len(weight), np.float32) if given["bias"] is None else as_array(given["bias"])
     layer = Layer(found[0], found[1], bias, slide, groups, own or signs.value == 0)
     return Sums(node, node, signs, layer, image, size, linear)

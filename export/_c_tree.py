@@ -17,6 +17,7 @@ WORD = 32  # channels of a word
 WALKED = 128  # bytes of pixels that are counted together at most
 TOGETHER = 8  # planes
 MOST = 1 << 16  # rows of pixels that can be numbered
+ALL = 0xFFFFFFFF
 DEEPEST = 24  # bits of a counter, as in bits_tree.h
 
 
@@ -58,46 +59,52 @@ def tables(signs: Array, tree: Tree, limit: Array, turn: Array, frame: Frame) ->
     cut = _Cut(frame, *signs.shape[1:])
     if cut.constant + cut.plane_bytes >= MOST * cut.row_bytes:
         return None
-    flat = signs.reshape(len(signs), -1)
-    order, places, limits = [], [], []
-    moved = np.zeros(len(signs), np.int64)  # what counts hold too much
-    parents = dict.fromkeys(int(parent) for parent in tree.parents[tree.order()] if parent != ROOT)
-    slots = {parent: slot for slot, parent in enumerate(parents)}
-    for channel in tree.order().tolist():
-        parent = int(tree.parents[channel])
-        differing = np.flatnonzero(flat[channel] != flat[parent]) if parent != ROOT else np.arange(flat.shape[1])
-        moved[channel] = 0 if parent == ROOT else moved[parent] + len(differing)
-        ones, zeros = (_eights(cut, differing[flat[channel, differing] == one], one) for one in (True, False))
-        bits = (len(ones) + len(zeros)).bit_length()
-        order.append(
-            [
-                channel,
-                slots.get(parent, -1),
-                slots.get(channel, -1),
-                len(ones) // TOGETHER,
-                len(zeros) // TOGETHER,
-                bits,
-            ]
-        )
-        places += [ones, zeros]
-    counters = int(flat.shape[1] + moved.max() + 1).bit_length()
+    steps = _Steps(cut, signs.reshape(len(signs), -1), tree)
+    rows, places = tree.order(), signs[0].size
+    counters = int(places + steps.moved.max() + 1).bit_length()
     assert counters <= DEEPEST
-    least = np.clip(flat.shape[1] - limit // 2 + moved, 0, (1 << counters) - 1)
-    rows = tree.order()
-    limits = np.where((least[rows, None] >> np.arange(counters)) & 1, 0, 0xFFFFFFFF).astype(np.uint32)
-    turned = np.where(turn[rows], 0xFFFFFFFF, 0).astype(np.uint32)
+    least = np.clip(places - limit // 2 + steps.moved, 0, (1 << counters) - 1)[rows]
     numbers = {
         "variants": len(cut.variants), "words": cut.words, "row_bytes": cut.row_bytes, "plane_bytes": cut.plane_bytes,
-        "band": cut.band,
-        "step_row": frame.stride[0] * frame.row, "step_pixel": frame.stride[1] * frame.pixel, "counters": counters,
-        "outputs": len(signs),
+        "band": cut.band, "step_row": frame.stride[0] * frame.row, "step_pixel": frame.stride[1] * frame.pixel,
+        "counters": counters, "outputs": len(signs),
     }  # fmt: skip
-    arrays = {
-        "starts": cut.starts, "beyond": cut.beyond, "order": np.array(order, np.int32),
-        "places": (np.concatenate(places) // cut.row_bytes).astype(np.uint16), "limits": limits, "turn": turned,
+    arrays: dict[str, Array] = {
+        "starts": cut.starts, "beyond": cut.beyond, "order": np.array(steps.order, np.int32),
+        "places": (np.concatenate(steps.places) // cut.row_bytes).astype(np.uint16),
+        "limits": np.where((least[:, None] >> np.arange(counters)) & 1, 0, ALL).astype(np.uint32),
+        "turn": np.where(turn[rows], ALL, 0).astype(np.uint32),
     }  # fmt: skip
     planes = (len(cut.variants) * cut.words * WORD + 2 + len(signs)) * cut.plane_bytes
-    return Tables(numbers, arrays, planes + len(slots) * counters * WALKED)
+    return Tables(numbers, arrays, planes + steps.slots * counters * WALKED)
+
+
+class _Steps:
+    """The outputs, parents first.
+
+    Attributes:
+        order: per output itself, its parent's slot, its own, eights that count where 1 and where 0, bits of their sum.
+        places: the planes of these eights.
+        moved: what an output's count holds too much.
+        slots: how many outputs have children.
+    """
+
+    def __init__(self, cut: _Cut, flat: Array, tree: Tree) -> None:
+        self.order: list[list[int]] = []
+        self.places: list[Array] = []
+        self.moved = np.zeros(len(flat), np.int64)
+        parents = dict.fromkeys(int(parent) for parent in tree.parents[tree.order()] if parent != ROOT)
+        slot = {parent: place for place, parent in enumerate(parents)}
+        self.slots = len(slot)
+        for channel in tree.order().tolist():
+            parent, differing = int(tree.parents[channel]), np.arange(flat.shape[1])
+            if parent != ROOT:
+                differing = np.flatnonzero(flat[channel] != flat[parent])
+                self.moved[channel] = self.moved[parent] + len(differing)
+            ones, zeros = (_eights(cut, differing[flat[channel, differing] == one], one) for one in (True, False))
+            counts = [len(ones) // TOGETHER, len(zeros) // TOGETHER, (len(ones) + len(zeros)).bit_length()]
+            self.order.append([channel, slot.get(parent, -1), slot.get(channel, -1), *counts])
+            self.places += [ones, zeros]
 
 
 def _eights(cut: _Cut, differing: Array, ones: bool) -> Array:
