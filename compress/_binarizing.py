@@ -14,14 +14,19 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from edgepack.compress._binary import Binary
 from edgepack.compress._graph import Call, GraphView, named, put_layer, shape
+from edgepack.compress._projecting import shorten, take_statistics
 from edgepack.compress._tree_pull import TreePull, signs_of, tree_of
 from edgepack.compress._tune import Hold, tune
 from edgepack.errors import InputError, Unsupported
+from edgepack.graph import capture
+from edgepack.progress import Silent
+from edgepack.scoring import Network, score
 from edgepack.treecode import encode, form
 
 if TYPE_CHECKING:
     from edgepack.compress.binarize import Binarize
     from edgepack.contracts import Run
+    from edgepack.metrics import Metric
     from edgepack.task import Task
 
 SAMPLES = 64  # that thresholds are taken from
@@ -49,8 +54,11 @@ class Binarizing:
         for call, (threshold, width) in zip(chosen, self._inputs(module, chosen), strict=True):
             self._put(module, call, threshold, width)
         self._train(module)
+        latent = {path: layer.latent.detach().clone() for path, layer in self.layers.items()}
         for layer in self.layers.values():
             layer.settle()
+        if self.options.mst_projection:
+            self._project(module, latent)
         self._report()
         return module
 
@@ -102,10 +110,42 @@ class Binarizing:
             return
         if settings.norms != "train":
             self.run.note("binarize: batch norms learn the statistics of the batches: those of before are of no use")
-        pull = TreePull(list(self.layers.values()), self.options.mst, self.options.mst_weight, settings.epochs)
+        pull = TreePull(
+            list(self.layers.values()), self.options.mst, self.options.mst_weight, settings.epochs,
+            self.options.mst_density,
+        )  # fmt: skip
         used = self.options.mst != "none" and self.options.mst_weight > 0
         hold = Hold(losses=[pull.loss], schedule=[pull.advance]) if used else Hold()
         tune(module.train(), self.task, self.run, replace(settings, norms="train"), hold)
+
+    def _project(self, module: nn.Module, latent: Mapping[str, Tensor]) -> None:
+        """Shorten the trees without training, and say what that costs."""
+        before = self._score(module)
+        for path, layer in self.layers.items():
+            shorten(layer.layer.weight.data, latent[path], self.options.mst_projection)
+        taken = take_statistics(module, self.task)
+        after = self._score(module)
+        said = (
+            "" if before is None or after is None else f"; {self._metric.name} {before:.4g} before, {after:.4g} after"
+        )
+        self.run.record("projection", {"share": self.options.mst_projection, "before": before, "after": after})
+        self.run.note(
+            f"binarize: flipped {self.options.mst_projection:g} of the weights that differ along the trees"
+            f"{', batch norms took their statistics anew' if taken else ''}{said}"
+        )
+
+    def _score(self, module: nn.Module) -> float | None:
+        if self.task.evaluation is None or self.task.metric is None:
+            return None
+        network = Network.of(capture(module, self.task))
+        found = score(self.task, network, lambda: network, Silent(), "")
+        assert found is not None
+        return float(found["value"])
+
+    @property
+    def _metric(self) -> Metric:
+        assert self.task.metric is not None
+        return self.task.metric
 
     def _report(self) -> None:
         rows = {path: tree_costs(layer, self.pixels[path]) for path, layer in self.layers.items()}

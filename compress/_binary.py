@@ -6,6 +6,7 @@ sign(0) is +1 everywhere. Where a convolution pads, it pads with −1, the bit 0
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,27 @@ class Sign(nn.Module):
         self.register_buffer("width", torch.tensor(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        signs = torch.where(x >= self.threshold, 1.0, -1.0)
         if not torch.is_grad_enabled():
-            return signs
-        near = ((x - self.threshold) / self.width).clamp(-1, 1)
-        smooth = near * (2 - near.abs())
-        return signs + (smooth - smooth.detach())
+            return torch.where(x >= self.threshold, 1.0, -1.0)
+        signs: Tensor = _Step.apply(x, self.threshold, self.width)  # type: ignore[no-untyped-call]
+        return signs
+
+
+class _Step(torch.autograd.Function):
+    """Signs, with the gradients of ``Sign``; one pass over memory each way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, threshold: Tensor, width: Tensor) -> Tensor:
+        ctx.save_for_backward(x, threshold, width)
+        return torch.where(x >= threshold, 1.0, -1.0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, threshold, width = ctx.saved_tensors
+        near = x.to(gradients[0].dtype).sub(threshold.to(gradients[0].dtype)).abs_()
+        slope = near.mul_(-2 / width**2).add_(2 / width).clamp_min_(0)
+        moved = slope.mul_(gradients[0])
+        return moved.to(x.dtype), -moved.float().sum_to_size(threshold.shape), None
 
 
 class Signs(nn.Module):

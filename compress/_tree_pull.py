@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from edgepack.compress._binary import Binary, Signs
-from edgepack.compress._trees import ROOT, Tree, distances, spanning_tree
+from edgepack.trees import ROOT, Tree, distances, spanning_tree
 
 RAMP = (0.2, 0.6)  # the term grows from nothing to its weight between these parts of the training
 
@@ -34,10 +34,11 @@ class TreePull:
         to: ``tree``, or ``centre`` for the majority of all channels: cheaper, a bound of the tree's length.
         weight: of the term, once it is fully grown.
         epochs: of the training.
+        enough: share of differing places from which on a layer is left alone.
     """
 
-    def __init__(self, layers: Sequence[Binary], to: str, weight: float, epochs: int) -> None:
-        self.layers, self.to, self.weight, self.epochs = layers, to, weight, epochs
+    def __init__(self, layers: Sequence[Binary], to: str, weight: float, epochs: int, enough: float = 0.0) -> None:
+        self.layers, self.to, self.weight, self.epochs, self.enough = layers, to, weight, epochs, enough
         self.share, self.grown = 0.0, -1
         self.wanted: list[tuple[Tensor, Tensor]] = []
 
@@ -55,7 +56,7 @@ class TreePull:
         if self.share == 0 or self.weight == 0:
             return torch.zeros(())
         parts = [self._differing(layer, *pairs) for layer, pairs in zip(self.layers, self.wanted, strict=True)]
-        return self.weight * self.share * torch.stack(parts).mean()
+        return self.weight * self.share * (torch.stack(parts) - self.enough).clamp_min(0).mean()
 
     def _pairs(self, layer: Binary) -> tuple[Tensor, Tensor]:
         """Channels, and per channel the one it is pulled to."""

@@ -76,8 +76,20 @@ def _hold_ties(parity: Parity, artifact: Artifact, runtime: Runtime, simulation:
             found = first_divergence(simulation, inputs, runtime.trace(artifact, inputs))
         except (Unsupported, MissingExtra):
             return
-        if found.node is not None and found.operator not in CHOICES:
+        if found.node is not None and not _after_choice(simulation, found):
             raise _inside(artifact, found, "samples near a tie differ before any choice")
+
+
+def _after_choice(simulation: Graph, found: Divergence) -> bool:
+    """Whether an operator chooses, or reads signs that were chosen, which files need not hold as numbers."""
+    if found.operator in CHOICES:
+        return True
+    graph = simulation.program.module(check_guards=False).graph
+    (node,) = (node for node in graph.nodes if node.name == found.node)
+    source = node.all_input_nodes[0] if node.all_input_nodes else node
+    while source.op == "call_function" and source.all_input_nodes and str(source.target).startswith("aten.pad."):
+        source = source.all_input_nodes[0]
+    return str(source.target).startswith("aten.where.")
 
 
 def _look_inside(artifact: Artifact, runtime: Runtime, simulation: Graph) -> None:

@@ -1,7 +1,8 @@
 """How near the choices of a network come to a tie.
 
 Where a network keeps the k largest of several scores, engines that agree to the last digits may still keep different
-ones when the k-th and the next are nearly equal; all that follows differs then, and no operator is wrong.
+ones when the k-th and the next are nearly equal; all that follows differs then, and no operator is wrong. So it is
+where a binary network takes the sign of a float: a value on the threshold falls to either side of it.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ if TYPE_CHECKING:
 
     from edgepack.contracts import Arrays, Graph
 
-CHOICES = ("topk", "gather")  # operators at which artifacts may part in a tie: it, or the first that reads its places
+CHOICES = ("topk", "gather", "ge", "gt", "le", "lt", "where")  # operators at which artifacts may part in a tie: it, or
+# the first that reads its places
+COMPARISONS = ("aten.ge.", "aten.gt.", "aten.le.", "aten.lt.")
+SHARE = 0.01  # of what outputs may differ by: floats before a comparison agree so well
 
 
 def margins(graph: Graph, inputs: Arrays) -> Array | None:
     """Per sample the smallest margin of all its choices; None where the network makes none.
 
-    The margin of a top-k is (s_k − s_(k+1)) / |s_k|, of scores s in falling order.
+    The margin of a top-k is (s_k − s_(k+1)) / |s_k|, of scores s in falling order; that of comparisons
+    |x − t| / max |x|, in hundredths: of so many values some are near, and only the nearest excuse a sample.
 
     Args:
         inputs: a stack of samples.
@@ -41,7 +46,7 @@ def margins(graph: Graph, inputs: Arrays) -> Array | None:
         def run_node(self, n: Node) -> Any:
             if n in choices:
                 args, _ = self.fetch_args_kwargs_from_env(n)
-                rows[-1] = np.minimum(rows[-1], _margins(n, args[0]))
+                rows[-1] = np.minimum(rows[-1], _near(*args[:2]) if _compares(n) else _margins(n, args[0]))
             return super().run_node(n)
 
     with torch.no_grad():
@@ -53,11 +58,29 @@ def margins(graph: Graph, inputs: Arrays) -> Array | None:
 
 def _chooses(node: Node) -> bool:
     """Whether a node keeps some, not all, of float scores that have one row or more per sample."""
+    if node.op == "call_function" and _compares(node):
+        return _decides(node)
     if node.op != "call_function" or str(node.target) != "aten.topk.default":
         return False
     value: torch.Tensor = node.all_input_nodes[0].meta["val"]
     axis = _axis(node, value.ndim)
     return value.is_floating_point() and axis > 0 and bool(node.args[1] != value.shape[axis])
+
+
+def _compares(node: Node) -> bool:
+    return str(node.target).startswith(COMPARISONS)
+
+
+def _decides(node: Node) -> bool:
+    """Whether a comparison of computed floats chooses between two numbers."""
+    source: torch.Tensor = node.all_input_nodes[0].meta["val"]
+    return source.is_floating_point() and any(str(user.target).startswith("aten.where.") for user in node.users)
+
+
+def _near(values: torch.Tensor, threshold: torch.Tensor | float) -> Array:
+    apart = (values - threshold).abs().flatten(1).amin(1)
+    found: Array = (apart / values.abs().flatten(1).amax(1).clamp_min(1e-30) / SHARE).numpy()
+    return found
 
 
 def _axis(node: Node, ndim: int) -> int:

@@ -13,7 +13,7 @@ from edgepack.export._c_graph import Array, Step, View, channels_last, merged
 from edgepack.export._c_pack import WIDE, block_of, definition, number, pack, pack_outputs
 
 AXES = 6  # of a walk, as in nn.h
-CTYPES = {"float32": "float", "int8": "int8_t", "uint8": "uint8_t", "int32": "int32_t"}
+CTYPES = {"float32": "float", "int8": "int8_t", "uint8": "uint8_t", "int32": "int32_t", "uint32": "uint32_t"}
 
 
 @dataclass
@@ -311,6 +311,8 @@ def _fill(writer: Writer, step: Step) -> list[str]:
 def _border(writer: Writer, step: Step) -> list[str]:
     value = step.options["value"]
     kind, text = ("s8", str(int(value))) if step.output.dtype == "int8" else ("f32", number(value))
+    if step.output.dtype == "uint32":
+        kind, text = "u32", "0"
     sizes = zip(("batch", "height", "width", "channels"), step.output.sizes, strict=True)
     (top, bottom), (left, right) = step.options["ends"][2:]
     fields = {**dict(sizes), "top": top, "bottom": bottom, "left": left, "right": right}

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from edgepack.export import _c_bits_calls  # noqa: F401  (its kernels are among the calls)
 from edgepack.export._c_arena import ALIGNMENT
 from edgepack.export._c_calls import CTYPES, Writer, argument, call
 from edgepack.export._c_graph import Array, Network, Step, View

@@ -16,9 +16,10 @@ from edgepack.export._c_graph import Buffer, Network, Step, View, channels_last,
 
 FILLS = ("fill", "border")
 PLANES = ("sparse_f32", "window_f32")
-CONVOLUTIONS = ("conv_f32", "depthwise_f32", *PLANES)
+CONVOLUTIONS = ("conv_f32", "depthwise_f32", *PLANES, "conv_bits")
 IMAGES = ("conv_f32", "depthwise_f32", "conv_s8", "depthwise_s8", "max_pool_f32", "max_pool_s8", "avg_pool_f32",
-          "avg_pool_s8", "adaptive_pool_f32", "nearest_f32", "nearest_s8", "bilinear_f32")  # fmt: skip
+          "avg_pool_s8", "adaptive_pool_f32", "nearest_f32", "nearest_s8", "bilinear_f32",
+          "conv_bits", "pack_bits")  # fmt: skip
 IN_PLACE = ("unary_f32", "binary_f32", "sum_s8", "table_s8", "product_s8")
 
 

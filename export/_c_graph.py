@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-SIZES = {"float32": 4, "int8": 1, "uint8": 1, "int32": 4}
+SIZES = {"float32": 4, "int8": 1, "uint8": 1, "int32": 4, "uint32": 4}
 
 
 @dataclass(eq=False)

@@ -9,7 +9,8 @@ from edgepack.export._c_graph import Array
 WIDE, NARROW = 16, 8  # output channels whose weights stand together: one vector of AVX-512, of AVX2
 DEEP = 4  # successive inputs of one output that integers are multiplied in together
 PER_LINE = 12
-TYPES = {"float32": "float", "int8": "int8_t", "uint8": "uint8_t", "uint16": "uint16_t", "int32": "int32_t"}
+TYPES = {"float32": "float", "int8": "int8_t", "uint8": "uint8_t", "uint16": "uint16_t", "int32": "int32_t",
+         "uint32": "uint32_t"}  # fmt: skip
 
 
 def block_of(outputs: int, groups: int, integers: bool) -> int:

@@ -31,6 +31,17 @@ class Phrase:
     """Part of an operator that a graph says in several words; it has no memory yet."""
 
 
+class Lazy(Phrase):
+    """A value that some operators read in a form of its own; all others get its floats."""
+
+    def read(self, reader: Reader, node: Node, given: Mapping[str, Any]) -> Any:
+        """What an operator that reads it in its own form gives, None where it reads floats."""
+        raise NotImplementedError
+
+    def floats(self, reader: Reader) -> View:
+        raise NotImplementedError
+
+
 def handles(*words: str) -> Callable[[Handler], Handler]:
     """Register how operators of these names are read; an in-place form is the same."""
 
@@ -58,7 +69,12 @@ def read(graph: Graph) -> Network:
     Raises:
         Unsupported: an operator, or a form of one, that the kernels lack; names it.
     """
-    from edgepack.export import _c_integer_read, _c_layers, _c_math  # noqa: F401  (they register their operators)
+    from edgepack.export import (  # noqa: F401  (they register their operators)
+        _c_bits_read,
+        _c_integer_read,
+        _c_layers,
+        _c_math,
+    )
 
     reader = Reader(graph)
     reader.run()
@@ -111,11 +127,21 @@ class Reader:
         if node.target is operator.getitem:
             return arguments["self"][arguments["index"]]
         leaves = _leaves(list(arguments.values()))
+        for lazy in [value for value in leaves if isinstance(value, Lazy)]:
+            if (found := lazy.read(self, node, arguments)) is not None:
+                return found
+        arguments = {name: self._floats(value) for name, value in arguments.items()}
+        leaves = _leaves(list(arguments.values()))
         if any(isinstance(value, Phrase) for value in leaves) and not str(node.target).startswith("quantized"):
             return SPEAKERS[word(node)](self, node, arguments)
         if not any(isinstance(value, (View, Phrase)) for value in leaves):
             return self._constant_call(node)
         return self.handler(node)(self, node, arguments)
+
+    def _floats(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._floats(one) for one in value)
+        return value.floats(self) if isinstance(value, Lazy) else value
 
     def handler(self, node: Node) -> Handler:
         """How an operator is read. Raises Unsupported."""
@@ -145,6 +171,8 @@ class Reader:
 
         if isinstance(value, View):
             return value
+        if isinstance(value, Lazy):
+            return value.floats(self)
         tensor = value if isinstance(value, torch.Tensor) else torch.tensor(float(value))
         array = tensor.detach().numpy()
         return self.constant(array.astype(np.float32) if array.dtype.kind in "fib" else array, like)

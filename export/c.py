@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from edgepack.contracts import Census, Exporter, Graph
-from edgepack.errors import Unsupported
+from edgepack.errors import Unsupported, nearest
 from edgepack.export._dialects import lower_float
 from edgepack.graph import fixed_batch
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edgepack.plan import Plan
 
 DEFAULT_PREFIX = "model"
+BINARY = ("auto", "xnor", "tree")
 EXACT = (
     "quantize",
     "dequantize",
@@ -35,11 +36,21 @@ class C(Exporter):
 
     Attributes:
         prefix: of every visible name, default ``model``.
+        binary: how layers of ±1 are computed whose results are bits: ``xnor`` (every output by itself), ``tree`` (as
+            differences along the spanning tree of the outputs), or ``auto``, the faster of the two.
     """
 
     format: ClassVar[str] = "c"
 
     prefix: str = ""
+    binary: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.binary not in BINARY:
+            raise ValueError(
+                f"binary is one of {', '.join(BINARY)}, not {self.binary!r}; {nearest(self.binary, BINARY)}"
+            )
 
     def lower(self, graph: Graph, plan: Plan) -> Graph:
         _refuse_dynamic(graph)
@@ -53,6 +64,7 @@ class C(Exporter):
 
     def write(self, simulation: Graph, folder: Path) -> Census:
         from edgepack.export import _c_arena, _c_files, _c_planes
+        from edgepack.export._c_bits_choose import choose
         from edgepack.export._c_fuse import fuse
         from edgepack.export._c_read import read
         from edgepack.export._c_samples import samples
@@ -60,6 +72,7 @@ class C(Exporter):
         network = read(simulation)
         _c_planes.arrange(network)
         fuse(network)
+        choose(network, self.binary)
         inputs, answers = samples(simulation, folder)
         arena_bytes = _c_arena.plan(network)
         prefix = _c_files.sanitized(self.prefix or DEFAULT_PREFIX)

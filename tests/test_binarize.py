@@ -15,6 +15,7 @@ from torch import nn  # noqa: E402
 
 from edgepack import metrics  # noqa: E402
 from edgepack.compress._binary import Binary, Sign  # noqa: E402
+from edgepack.compress._projecting import shortened  # noqa: E402
 from edgepack.compress._tree_pull import TreePull, tree_of  # noqa: E402
 from edgepack.compress._tune import Tune  # noqa: E402
 from edgepack.compress.binarize import Binarize  # noqa: E402
@@ -66,6 +67,30 @@ def accuracy(module: nn.Module) -> float:
     (batch,) = task().evaluation.batches(1000)  # type: ignore[union-attr]
     with torch.no_grad():
         return float((module(torch.from_numpy(batch.inputs["x"])).argmax(1).numpy() == batch.targets).mean())
+
+
+def test_projection_shortens_trees_and_says_what_it_costs(tmp_path: Path) -> None:
+    options = {"mst": "none", "tune": replace(TUNE, epochs=2)}
+    plain, before = binarized(tmp_path / "a", **options)
+    short, after = binarized(tmp_path / "b", mst_projection=0.6, **options)
+    lengths = [[row["tree_length"] for row in run.findings["binarize"]["layers"].values()] for run in (before, after)]
+    assert all(two < 0.6 * one for one, two in zip(*lengths, strict=True))
+    found = after.findings["projection"]
+    assert found["before"] == pytest.approx(accuracy(plain))
+    assert found["after"] == pytest.approx(accuracy(short))
+    assert any("flipped 0.6 of the weights" in note and "top1" in note for note in after.notes)
+
+
+def test_the_smallest_latent_weights_are_flipped_first() -> None:
+    signs = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]], bool)
+    latent = np.array([[1, 1, 1, 1, 1, 1], [1, 1, -0.4, -0.1, -0.3, -0.2]], np.float32)
+    found = shortened(signs, latent, 0.5)
+    root = int((found == signs).all(1).argmax())
+    child = 1 - root
+    np.testing.assert_array_equal(found[root], signs[root])
+    assert (found[child] != signs[child]).sum() == 2
+    if child == 1:
+        np.testing.assert_array_equal(found[1], [1, 1, 0, 1, 0, 1])
 
 
 TUNE = Tune(epochs=6, lr=0.02, optimizer="adamw", teacher="none", batch=32, held_out=0)

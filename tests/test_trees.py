@@ -11,7 +11,7 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 
 pytest.importorskip("torch")
 
-from edgepack.compress._trees import ROOT, Tree, distances, rooted_at_centre, spanning_tree
+from edgepack.trees import ROOT, Tree, distances, rooted_at_centre, spanning_tree
 
 
 def random_signs(seed: int, channels: int, places: int) -> NDArray[np.bool_]:

@@ -176,6 +176,7 @@ void nn_fill_s8(int size, int value, int8_t *out) { memset(out, value, (size_t)s
     }
 BORDER(nn_border_f32, float)
 BORDER(nn_border_s8, int8_t)
+BORDER(nn_border_u32, uint32_t)
 
 void nn_cast(const nn_walk *w, const uint8_t *in, float *out)
 {

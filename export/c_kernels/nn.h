@@ -94,6 +94,7 @@ typedef struct {
 } nn_border;
 void nn_border_f32(const nn_border *b, float value, float *out);
 void nn_border_s8(const nn_border *b, int8_t value, int8_t *out);
+void nn_border_u32(const nn_border *b, uint32_t value, uint32_t *out);
 void nn_cast(const nn_walk *w, const uint8_t *in, float *out);
 /* Steps of a grid (their inverse), the integer that stands for 0, and limits of integers. */
 typedef struct {
