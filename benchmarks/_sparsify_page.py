@@ -1,0 +1,71 @@
+"""The results of ``sparsify.py``: stored as JSON, shown as ``docs/sparsify.md``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgepack.artifact import write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+STORED = ROOT / "benchmarks" / "results" / "sparsify.json"
+DOCUMENT = ROOT / "docs" / "sparsify.md"
+Row = Mapping[str, Any]
+
+
+def store(stage: str, row: Row, facts: Row) -> None:
+    """Put a row in place of that of the same name, and write the page."""
+    stored: dict[str, Any] = json.loads(STORED.read_text(encoding="utf-8")) if STORED.exists() else {}
+    old = [item for item in stored.get(stage, []) if item["row"] != row["row"]]
+    stored[stage] = sorted([*old, row], key=lambda item: item["row"])
+    stored["facts"] = facts
+    write_text(STORED, json.dumps(stored, indent=1, allow_nan=False) + "\n")
+    rewrite()
+
+
+def rewrite() -> None:
+    write_text(DOCUMENT, document(json.loads(STORED.read_text(encoding="utf-8"))))
+
+
+def document(stored: Row) -> str:
+    return "\n".join(_lines(stored)) + "\n"
+
+
+def _lines(stored: Row) -> Iterator[str]:
+    yield "# Zeros in weights: `sparsify`"
+    yield ""
+    yield ("Written by `python benchmarks/sparsify.py` from `benchmarks/results/sparsify.json`; do not edit.")
+    if stored.get("rows"):
+        yield ""
+        yield from _accuracy(stored["rows"])
+    yield ""
+    named = ", ".join(f"{name} {version}" for name, version in stored["facts"]["versions"].items())
+    yield f"{stored['facts']['processor']}; {named}."
+
+
+def _accuracy(rows: list[Row]) -> Iterator[str]:
+    yield "## Accuracy"
+    yield ""
+    yield (
+        "ResNet-32 on CIFAR-10, top-1 on the test images, none of which took part in any choice. The teacher is the "
+        "dense network. Seconds are of a machine with other work on it, one thread."
+    )
+    yield ""
+    yield "| zeros | of all weights | images | dense | before training | trained | lost | training |"
+    yield "| --- " * 8 + "|"
+    for row in rows:
+        after = row.get("after", row["before"])
+        yield (
+            f"| {row['row']} | {100 * row['zeros'] / row['weights']:.1f} % | {row['samples']:,} "
+            f"| {100 * row['original']:.2f} % | {100 * row['before']:.2f} % "
+            f"| {f'{100 * after:.2f} %' if 'after' in row else 'none'} | {100 * (row['original'] - after):.2f} points "
+            f"| {_training(row)} |"
+        )
+
+
+def _training(row: Row) -> str:
+    if "settings" not in row:
+        return "none"
+    return f"{row['settings']['epochs']} epochs of {row['images']:,} images, {row['seconds']:.0f} s"

@@ -1,0 +1,103 @@
+"""Networks with zeros: what they lose, and what training regains. Writes results/sparsify.json and docs/sparsify.md.
+
+    python benchmarks/sparsify.py train             # every row of ResNet-32, CIFAR-10, scored on all 10,000 images
+    python benchmarks/sparsify.py train --rows 2:4  # one of them; a training goes on where it was stopped
+    python benchmarks/sparsify.py document          # only write the page from the stored results
+
+The best epoch is chosen on training images that are held out; no test image takes part in any choice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import _sparsify_page as page
+import torch
+from torch import nn
+
+import factorize
+from edgepack.compress._tune import Tune
+from edgepack.compress.sparsify import Sparsify
+from edgepack.compressing import PassRun
+from edgepack.plan import Plan
+from edgepack.progress import Silent
+from factorize import stored_accuracy
+
+ROOT = Path(__file__).resolve().parent.parent
+TUNE = Tune(lr=0.02, batch=64, held_out=300, precision="bfloat16")
+ROWS: Mapping[str, Sparsify] = {
+    "50 %": Sparsify(sparsity=0.5),
+    "50 %, by magnitude": Sparsify(sparsity=0.5, method="magnitude"),
+    "2:4": Sparsify(pattern="2:4", tune=replace(TUNE, epochs=3)),
+    "80 %": Sparsify(sparsity=0.8, tune=replace(TUNE, epochs=5)),
+    "90 %": Sparsify(sparsity=0.9, tune=replace(TUNE, epochs=8)),
+}
+
+
+def train(name: str, options: argparse.Namespace) -> None:
+    """One row: the pass without its training, and with it."""
+    module, task = factorize.resnet32(options.data)
+    test, task = task.evaluation, replace(task, evaluation=None)
+    how = ROWS[name]
+    work = options.work / name.replace(" ", "-").replace("%", "percent").replace(":", "-")
+    row: dict[str, Any] = {"row": name, "options": {**asdict(how), "tune": None}, "samples": len(test)}
+    row["original"] = stored_accuracy(module, test, options.work / "original.json")
+    for word, pass_ in (("before", replace(how, tune=None)), ("after", how)):
+        if word == "after" and how.tune is None:
+            break
+        run = PassRun(work, 0, Plan(), Silent(), module, task)
+        run.workdir.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter()
+        found = pass_.apply(copy.deepcopy(module), task, run)
+        row[f"{word}_seconds"] = time.perf_counter() - began
+        torch.save(found, work / f"{word}.pt")
+        row[word] = stored_accuracy(found, test, work / f"{word}.json")
+        row["zeros"], row["weights"] = zeros(found)
+        say(f"{name}: {word} {row[word]}; {run.notes}")
+        page.store("rows", row, factorize.facts())
+    if how.tune is not None:
+        tuned = run.findings["tune"]
+        row |= {"settings": asdict(how.tune), "images": factorize.TRAINING}
+        row |= {key: tuned[key] for key in ("epochs", "kept", "seconds", "ended")}
+        page.store("rows", row, factorize.facts())
+
+
+def zeros(module: nn.Module) -> tuple[int, int]:
+    """Weights of convolutions and linear layers that are zero, and all of them."""
+    weights = [item.weight for item in module.modules() if isinstance(item, (nn.Conv2d, nn.Linear))]
+    return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+STAGES = {"train": train}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=(*STAGES, "document"))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=tuple(ROWS))
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "sparsify", help="networks and checkpoints")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.stage == "document":
+        page.rewrite()
+        return
+    for name in options.rows:
+        STAGES[options.stage](name, options)
+
+
+if __name__ == "__main__":
+    main()
