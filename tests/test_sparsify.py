@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from edgepack import parts
 from edgepack.compress._allocation import by_shape, by_threshold, evenly
 from edgepack.compress._eliminate import eliminate
 from edgepack.compress._graph import GraphView
@@ -22,9 +23,11 @@ from edgepack.compress._sparsifying import share_at
 from edgepack.compress._tune import Tune
 from edgepack.compress.quantize import Quantize
 from edgepack.compress.sparsify import Sparsify
-from edgepack.compressing import PassRun
+from edgepack.compressing import PassRun, compress
+from edgepack.contracts import Exporter
 from edgepack.data import Arrays
 from edgepack.errors import InputError, Unsupported
+from edgepack.exporting import export
 from edgepack.losses import find as find_loss
 from edgepack.plan import Plan
 from edgepack.progress import Silent
@@ -272,6 +275,31 @@ def test_zeros_stay_through_rounding(network: nn.Module, task: Task, tmp_path: P
         weight = zeros(rounded.get_submodule(name))
         assert (~mask).sum() == count
         assert bool(weight[torch.from_numpy(~mask)].all())
+
+
+def integers_of(path: Path) -> list[np.ndarray]:
+    """The 8-bit weights of two axes or more that a file holds."""
+    if path.suffix == ".onnx":
+        onnx = pytest.importorskip("onnx", reason="pip install edgepack[onnx]")
+        found = [onnx.numpy_helper.to_array(value) for value in onnx.load(path).graph.initializer]
+    else:
+        schema = pytest.importorskip("ai_edge_litert.schema_py_generated", reason="pip install edgepack[tflite]")
+        model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+        stored = [(tensor, model.buffers[tensor.buffer].data) for tensor in model.subgraphs[0].tensors]
+        found = [np.asarray(data, np.uint8).view(np.int8).reshape(tensor.shape) for tensor, data in stored
+                 if tensor.type == schema.TensorType.INT8 and data is not None]  # fmt: skip
+    return [array for array in found if array.dtype == np.int8 and array.ndim > 1]
+
+
+@pytest.mark.parametrize("target", ["onnx", "tflite"])
+def test_zeros_are_zeros_in_files_of_eight_bits(network: nn.Module, task: Task, tmp_path: Path, target: str) -> None:
+    how = Sparsify(sparsity=0.6, allocation="layerwise", layers=("a", "b", "last"))
+    compress(network, task, [how, Quantize(explain=False)], tmp_path, Silent())
+    (made,) = export(tmp_path, [parts.find(Exporter, target)()], Silent())  # type: ignore[type-abstract]
+    (path,) = (made.folder / name for name in made.manifest.files if name.startswith("model."))
+    counts = {array.size: int((array == 0).sum()) for array in integers_of(path)}
+    for size in (16 * 8 * 9, 16 * 8, 8 * 4):
+        assert counts[size] >= 0.6 * size - 1
 
 
 def test_what_cannot_be(network: nn.Module, task: Task, tmp_path: Path) -> None:
