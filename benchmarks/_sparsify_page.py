@@ -40,6 +40,12 @@ def _lines(stored: Row) -> Iterator[str]:
     if stored.get("rows"):
         yield ""
         yield from _accuracy(stored["rows"])
+    if stored.get("calls"):
+        yield ""
+        yield from _calls(stored["calls"])
+    if stored.get("sizes"):
+        yield ""
+        yield from _sizes(stored["sizes"])
     yield ""
     named = ", ".join(f"{name} {version}" for name, version in stored["facts"]["versions"].items())
     yield f"{stored['facts']['processor']}; {named}."
@@ -69,3 +75,42 @@ def _training(row: Row) -> str:
     if "settings" not in row:
         return "none"
     return f"{row['settings']['epochs']} epochs of {row['images']:,} images, {row['seconds']:.0f} s"
+
+
+def _calls(rows: list[Row]) -> Iterator[str]:
+    yield "## TFLite: instructions of a call"
+    yield ""
+    yield (
+        "MobileNetV1, 224 × 224, random weights, zeros in its 1×1 convolutions and its classifier; LiteRT's C library "
+        "under QEMU, one call, one thread. XNNPACK computes 1×1 convolutions from their non-zero weights alone on ARM "
+        "and on x86 without AVX; **on x86 with AVX nothing is faster: XNNPACK turns that off.** A count of "
+        "instructions is no time. 1x4: four output channels are zero together."
+    )
+    yield ""
+    yield "| processor | zeros | dense | sparse | × fewer | file, of the dense one |"
+    yield "| --- " * 6 + "|"
+    for row in rows:
+        dense, sparse = (row["instructions"][word] for word in ("dense", "sparse"))
+        share = row["bytes"]["sparse"] / row["bytes"]["dense"]
+        yield (
+            f"| {row['processor']} | {100 * row['share']:.0f} %, {row['pattern']} | {dense / 1e6:.1f} M "
+            f"| {sparse / 1e6:.1f} M | {dense / sparse:.2f} | {share:.3f} |"
+        )
+
+
+def _sizes(rows: list[Row]) -> Iterator[str]:
+    yield "## Sizes of files"
+    yield ""
+    yield (
+        "ResNet-32, float32, of the dense network's file. TFLite stores what is not zero; the others store zeros, and "
+        "compute with them: they are smaller only where something compresses the file on its way."
+    )
+    yield ""
+    yield "| format | zeros | dense, bytes | sparse | dense, gzip | sparse, gzip | sparse over dense, gzip over gzip |"
+    yield "| --- " * 7 + "|"
+    for row in rows:
+        dense, sparse = row["dense"], row["sparse"]
+        yield (
+            f"| {row['target']} | {row['network']} | {dense['bytes']:,} | {sparse['bytes']:,} | {dense['gzip']:,} "
+            f"| {sparse['gzip']:,} | {sparse['bytes'] / dense['bytes']:.3f}, {sparse['gzip'] / dense['gzip']:.3f} |"
+        )

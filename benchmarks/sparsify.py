@@ -2,6 +2,9 @@
 
     python benchmarks/sparsify.py train             # every row of ResNet-32, CIFAR-10, scored on all 10,000 images
     python benchmarks/sparsify.py train --rows 2:4  # one of them; a training goes on where it was stopped
+    python benchmarks/sparsify.py sizes             # what files of the network with 80 % zeros take, also compressed
+    python benchmarks/sparsify.py calls --arm DIR   # instructions of a TFLite file on emulated processors; DIR holds the
+                                                    # unpacked aarch64 wheel of ai-edge-litert, left out: x86 alone
     python benchmarks/sparsify.py document          # only write the page from the stored results
 
 The best epoch is chosen on training images that are held out; no test image takes part in any choice.
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gzip
 import sys
 import time
 from collections.abc import Mapping
@@ -26,8 +30,11 @@ import factorize
 from edgepack.compress._tune import Tune
 from edgepack.compress.sparsify import Sparsify
 from edgepack.compressing import PassRun
+from edgepack.contracts import Exporter
+from edgepack.graph import capture
 from edgepack.plan import Plan
 from edgepack.progress import Silent
+from edgepack.task import Task
 from factorize import stored_accuracy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +53,7 @@ def train(name: str, options: argparse.Namespace) -> None:
     module, task = factorize.resnet32(options.data)
     test, task = task.evaluation, replace(task, evaluation=None)
     how = ROWS[name]
-    work = options.work / name.replace(" ", "-").replace("%", "percent").replace(":", "-")
+    work = work_of(name, options)
     row: dict[str, Any] = {"row": name, "options": {**asdict(how), "tune": None}, "samples": len(test)}
     row["original"] = stored_accuracy(module, test, options.work / "original.json")
     for word, pass_ in (("before", replace(how, tune=None)), ("after", how)):
@@ -69,6 +76,37 @@ def train(name: str, options: argparse.Namespace) -> None:
         page.store("rows", row, factorize.facts())
 
 
+def sizes(name: str, options: argparse.Namespace) -> None:
+    """Files of the dense network and of a row's, as they are and compressed by gzip."""
+    module, task = factorize.resnet32(options.data)
+    found = {"dense": module, "sparse": torch.load(work_of(name, options) / "after.pt", weights_only=False).eval()}
+    for target in options.targets:
+        row: dict[str, Any] = {"row": f"{target}, {name}", "target": target, "network": name}
+        for word, network in found.items():
+            folder = options.work / "sizes" / word / target
+            folder.mkdir(parents=True, exist_ok=True)
+            exporter = parts.find(Exporter, target)()  # type: ignore[type-abstract]
+            exporter.write(exporter.lower(capture(network, Task(task.inputs)), Plan()), folder)
+            data = [path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()]
+            row[word] = {"bytes": sum(map(len, data)), "gzip": sum(len(gzip.compress(one, 9)) for one in data)}
+        say(f"{row}")
+        page.store("sizes", row, factorize.facts())
+
+
+def calls(options: argparse.Namespace) -> None:
+    """Instructions of MobileNetV1, dense and sparse."""
+    for share, pattern in ((0.8, "unstructured"), (0.8, "1x4"), (0.9, "unstructured")):
+        for row in counts(options.work, share, pattern, options.arm):
+            say(f"{row}")
+            page.store("calls", row, factorize.facts())
+
+
+def work_of(name: str, options: argparse.Namespace) -> Path:
+    """Where a row's network and checkpoints are."""
+    folder: Path = options.work / name.replace(" ", "-").replace("%", "percent").replace(":", "-")
+    return folder
+
+
 def zeros(module: nn.Module) -> tuple[int, int]:
     """Weights of convolutions and linear layers that are zero, and all of them."""
     weights = [item.weight for item in module.modules() if isinstance(item, (nn.Conv2d, nn.Linear))]
@@ -80,13 +118,15 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-STAGES = {"train": train}
+STAGES = {"train": train, "sizes": sizes}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=(*STAGES, "document"))
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=tuple(ROWS))
+    parser.add_argument("stage", choices=(*STAGES, "calls", "document"))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=None)
+    parser.add_argument("--targets", nargs="+", default=("onnx", "openvino", "tflite"))
+    parser.add_argument("--arm", type=Path)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "sparsify", help="networks and checkpoints")
     options = parser.parse_args()
@@ -95,7 +135,10 @@ def main() -> None:
     if options.stage == "document":
         page.rewrite()
         return
-    for name in options.rows:
+    if options.stage == "calls":
+        calls(options)
+        return
+    for name in options.rows or (["80 %"] if options.stage == "sizes" else list(ROWS)):
         STAGES[options.stage](name, options)
 
 

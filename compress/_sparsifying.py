@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from edgepack.compress._allocation import ERK, GLOBAL, by_shape, by_threshold, evenly
 from edgepack.compress._eliminate import eliminate
+from edgepack.compress._filters import rows_of
 from edgepack.compress._graph import GraphView
 from edgepack.compress._masks import plan_masks
 from edgepack.compress._patterns import Pattern
@@ -57,6 +58,8 @@ class Sparsifying:
             module = tune(module, self.task, self.run_, self.options.tune, hold)
         plan_masks(self.run_.plan, GraphView.of(module, self.task), self.masks)
         self._say()
+        if filters := list(rows_of(module, self.run_.original)):
+            self.run_.record("filters", {"rows": filters})
         return module
 
     @cached_property

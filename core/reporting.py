@@ -76,6 +76,7 @@ def view(data: Values) -> dict[str, Any]:
         "measurements": [_measurement(group) for group in _groups(data["profiles"])],
         "devices": _devices(data["profiles"]),
         "sensitivity": _sensitivity(data["compressed"]),
+        "filters": _filters(data["compressed"]),
         "mixed": _mixed(data["compressed"]),
         "tokens": _tokens(data["compressed"]),
     }
@@ -276,6 +277,17 @@ def _tokens(compressed: Values | None) -> dict[str, Any] | None:
     if isinstance(found["keep_rate"], list):  # one for each cut
         found = {**found, "keep_rate": ", ".join(map(str, found["keep_rate"]))}
     return {**found, "rows": rows, "axis": _axis([0.0, 0.25, 0.5, 0.75, 1.0])}
+
+
+def _filters(compressed: Values | None) -> dict[str, Any] | None:
+    """What the filters of 3 × 3 convolutions are like; bars of how varied they are beside random ones."""
+    steps = [] if compressed is None else compressed["manifest"]["history"]
+    found = next((step["findings"]["filters"] for step in steps if "filters" in step.get("findings", {})), None)
+    if found is None:
+        return None
+    axis = [0.0, 0.25, 0.5, 0.75, 1.0]
+    rows = [{**row, "to": place(min(row["against_random"], 1.0), 0, 1)} for row in found["rows"]]
+    return {"rows": rows, "axis": _axis(axis)}
 
 
 def _devices(profiles: Sequence[Values]) -> list[dict[str, str]]:

@@ -296,7 +296,7 @@ def test_zeros_are_zeros_in_files_of_eight_bits(network: nn.Module, task: Task, 
     how = Sparsify(sparsity=0.6, allocation="layerwise", layers=("a", "b", "last"))
     compress(network, task, [how, Quantize(explain=False)], tmp_path, Silent())
     (made,) = export(tmp_path, [parts.find(Exporter, target)()], Silent())  # type: ignore[type-abstract]
-    (path,) = (made.folder / name for name in made.manifest.files if name.startswith("model."))
+    path = made.artifact.file(f".{target}")
     counts = {array.size: int((array == 0).sum()) for array in integers_of(path)}
     for size in (16 * 8 * 9, 16 * 8, 8 * 4):
         assert counts[size] >= 0.6 * size - 1
