@@ -3,8 +3,8 @@
     python benchmarks/sparsify.py train             # every row of ResNet-32, CIFAR-10, scored on all 10,000 images
     python benchmarks/sparsify.py train --rows 2:4  # one of them; a training goes on where it was stopped
     python benchmarks/sparsify.py sizes             # what files of the network with 80 % zeros take, also compressed
-    python benchmarks/sparsify.py calls --arm DIR   # instructions of a TFLite file on emulated processors; DIR holds the
-                                                    # unpacked aarch64 wheel of ai-edge-litert, left out: x86 alone
+    python benchmarks/sparsify.py calls --arm DIR   # instructions of a TFLite file, emulated; DIR: an unpacked aarch64
+                                                    # wheel of ai-edge-litert, left out: x86 alone
     python benchmarks/sparsify.py document          # only write the page from the stored results
 
 The best epoch is chosen on training images that are held out; no test image takes part in any choice.
@@ -24,9 +24,11 @@ from typing import Any
 
 import _sparsify_page as page
 import torch
+from _sparse_calls import counts
 from torch import nn
 
 import factorize
+from edgepack import parts
 from edgepack.compress._tune import Tune
 from edgepack.compress.sparsify import Sparsify
 from edgepack.compressing import PassRun
