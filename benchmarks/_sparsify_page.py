@@ -43,6 +43,9 @@ def _lines(stored: Row) -> Iterator[str]:
     if stored.get("calls"):
         yield ""
         yield from _calls(stored["calls"])
+    if stored.get("race"):
+        yield ""
+        yield from _race(stored["race"])
     if stored.get("sizes"):
         yield ""
         yield from _sizes(stored["sizes"])
@@ -113,4 +116,23 @@ def _sizes(rows: list[Row]) -> Iterator[str]:
         yield (
             f"| {row['target']} | {row['network']} | {dense['bytes']:,} | {sparse['bytes']:,} | {dense['gzip']:,} "
             f"| {sparse['gzip']:,} | {sparse['bytes'] / dense['bytes']:.3f}, {sparse['gzip'] / dense['gzip']:.3f} |"
+        )
+
+
+def _race(rows: list[Row]) -> Iterator[str]:
+    yield "## Latency on x86 with AVX"
+    yield ""
+    yield (
+        "ResNet-32, float32, one image, one thread, dense and sparse interleaved; *time* is of the sparse network over "
+        "that of the dense one with the 95 % interval."
+    )
+    yield ""
+    yield "| engine of | zeros | dense, ms | sparse, ms | time | verdict |"
+    yield "| --- " * 6 + "|"
+    for row in rows:
+        ratio = row["ratio"]
+        word = f"faster by {1 - ratio['value']:.0%}" if ratio["verdict"] == "faster" else "not faster: computed densely"
+        yield (
+            f"| {row['target']} | {row['network']} | {row['ms'][0]:.3f} | {row['ms'][1]:.3f} "
+            f"| {ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] | {word} |"
         )

@@ -3,6 +3,7 @@
     python benchmarks/sparsify.py train             # every row of ResNet-32, CIFAR-10, scored on all 10,000 images
     python benchmarks/sparsify.py train --rows 2:4  # one of them; a training goes on where it was stopped
     python benchmarks/sparsify.py sizes             # what files of the network with 80 % zeros take, also compressed
+    python benchmarks/sparsify.py race              # time those files: nothing else should run
     python benchmarks/sparsify.py calls --arm DIR   # instructions of a TFLite file, emulated; DIR: an unpacked aarch64
                                                     # wheel of ai-edge-litert, left out: x86 alone
     python benchmarks/sparsify.py document          # only write the page from the stored results
@@ -29,12 +30,15 @@ from torch import nn
 
 import factorize
 from edgepack import parts
+from edgepack.artifact import MANIFEST, Artifact, Manifest, describe_files
 from edgepack.compress._tune import Tune
 from edgepack.compress.sparsify import Sparsify
 from edgepack.compressing import PassRun
-from edgepack.contracts import Exporter
+from edgepack.contracts import Exporter, Graph, Settings
+from edgepack.devices.host import Host
 from edgepack.graph import capture
 from edgepack.plan import Plan
+from edgepack.profiling import profile
 from edgepack.progress import Silent
 from edgepack.task import Task
 from factorize import stored_accuracy
@@ -88,11 +92,33 @@ def sizes(name: str, options: argparse.Namespace) -> None:
             folder = options.work / "sizes" / word / target
             folder.mkdir(parents=True, exist_ok=True)
             exporter = parts.find(Exporter, target)()  # type: ignore[type-abstract]
-            exporter.write(exporter.lower(capture(network, Task(task.inputs)), Plan()), folder)
-            data = [path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()]
+            simulation = exporter.lower(capture(network, Task(task.inputs)), Plan())
+            exporter.write(simulation, folder)
+            data = [path.read_bytes() for path in sorted(folder.rglob("*"))
+                    if path.is_file() and path.name != MANIFEST]  # fmt: skip
+            describe(simulation, target, folder)
             row[word] = {"bytes": sum(map(len, data)), "gzip": sum(len(gzip.compress(one, 9)) for one in data)}
         say(f"{row}")
         page.store("sizes", row, factorize.facts())
+
+
+def describe(simulation: Graph, target: str, folder: Path) -> None:
+    """What an engine needs to load the files."""
+    files = {name: facts for name, facts in describe_files(folder).items() if name != MANIFEST}
+    manifest = Manifest(target, folder.parent.name, "float32", simulation.inputs, simulation.outputs, files)
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def race(name: str, options: argparse.Namespace) -> None:
+    """Those files timed, dense and sparse interleaved; nothing else should run."""
+    for target in options.targets:
+        artifacts = [Artifact.open(options.work / "sizes" / word / target) for word in ("dense", "sparse")]
+        found = profile(artifacts, Host(), None, Settings(max_seconds=options.seconds, cold=False), Silent())
+        assert found[1].ratio is not None
+        row = {"row": f"{target}, {name}", "target": target, "network": name, "ratio": asdict(found[1].ratio),
+               "ms": [item.conditions["floor_ms"] for item in found]}  # fmt: skip
+        say(f"{row}")
+        page.store("race", row, factorize.facts())
 
 
 def calls(options: argparse.Namespace) -> None:
@@ -120,7 +146,7 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-STAGES = {"train": train, "sizes": sizes}
+STAGES = {"train": train, "sizes": sizes, "race": race}
 
 
 def main() -> None:
@@ -128,6 +154,7 @@ def main() -> None:
     parser.add_argument("stage", choices=(*STAGES, "calls", "document"))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=None)
     parser.add_argument("--targets", nargs="+", default=("onnx", "openvino", "tflite"))
+    parser.add_argument("--seconds", type=float, default=60.0, help="at most, per race")
     parser.add_argument("--arm", type=Path)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "sparsify", help="networks and checkpoints")
@@ -140,7 +167,7 @@ def main() -> None:
     if options.stage == "calls":
         calls(options)
         return
-    for name in options.rows or (["80 %"] if options.stage == "sizes" else list(ROWS)):
+    for name in options.rows or (["80 %"] if options.stage != "train" else list(ROWS)):
         STAGES[options.stage](name, options)
 
 
