@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gzip
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -29,16 +30,14 @@ from _sparse_calls import counts
 from torch import nn
 
 import factorize
-from edgepack import parts
-from edgepack.artifact import MANIFEST, Artifact, Manifest, describe_files
+from edgepack.artifact import GOLDEN, MANIFEST, Artifact
 from edgepack.compress._tune import Tune
 from edgepack.compress.sparsify import Sparsify
 from edgepack.compressing import PassRun
-from edgepack.contracts import Exporter, Graph, Settings
+from edgepack.contracts import Settings
 from edgepack.devices.host import Host
-from edgepack.graph import capture
 from edgepack.plan import Plan
-from edgepack.profiling import profile
+from edgepack.profiling import profile, write_module
 from edgepack.progress import Silent
 from edgepack.task import Task
 from factorize import stored_accuracy
@@ -90,23 +89,13 @@ def sizes(name: str, options: argparse.Namespace) -> None:
         row: dict[str, Any] = {"row": f"{target}, {name}", "target": target, "network": name}
         for word, network in found.items():
             folder = options.work / "sizes" / word / target
-            folder.mkdir(parents=True, exist_ok=True)
-            exporter = parts.find(Exporter, target)()  # type: ignore[type-abstract]
-            simulation = exporter.lower(capture(network, Task(task.inputs)), Plan())
-            exporter.write(simulation, folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            write_module(network, Task(task.inputs), folder, target)
             data = [path.read_bytes() for path in sorted(folder.rglob("*"))
-                    if path.is_file() and path.name != MANIFEST]  # fmt: skip
-            describe(simulation, target, folder)
+                    if path.is_file() and path.name not in (MANIFEST, GOLDEN)]  # fmt: skip
             row[word] = {"bytes": sum(map(len, data)), "gzip": sum(len(gzip.compress(one, 9)) for one in data)}
         say(f"{row}")
         page.store("sizes", row, factorize.facts())
-
-
-def describe(simulation: Graph, target: str, folder: Path) -> None:
-    """What an engine needs to load the files."""
-    files = {name: facts for name, facts in describe_files(folder).items() if name != MANIFEST}
-    manifest = Manifest(target, folder.parent.name, "float32", simulation.inputs, simulation.outputs, files)
-    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
 def race(name: str, options: argparse.Namespace) -> None:

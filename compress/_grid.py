@@ -55,4 +55,5 @@ def weight_scale(weight: Tensor, floor: Tensor | float = 0.0, top: int = TOP) ->
 def round_to(weight: Tensor, scale: Tensor, top: int | Tensor = TOP) -> Tensor:
     """The nearest values scale × integer, integers from −top to top; ``top`` may differ from weight to weight."""
     steps = spread(scale, weight)
-    return (weight / steps).round().clamp(-top, top) * steps
+    most = torch.as_tensor(top)
+    return (weight / steps).round().clamp(-most, most) * steps

@@ -61,7 +61,8 @@ class Pattern:
 
     def units(self, scores: Tensor) -> Tensor:
         """Scores (…, rows, columns) added up over what is zero together: (…, rows / N, columns)."""
-        return scores.unflatten(-2, (-1, self.rows)).sum(-2)
+        *around, rows, columns = scores.shape
+        return scores.reshape(*around, rows // self.rows, self.rows, columns).sum(-2)
 
     def spread(self, units: Tensor) -> Tensor:
         """A decision for each unit as one for each weight."""
@@ -73,7 +74,7 @@ class Pattern:
         With N:M the number follows from the pattern, and the columns are in the order of ``columns``.
         """
         if self.of:
-            grouped = scores.unflatten(-1, (-1, self.of))
+            grouped = scores.reshape(*scores.shape[:-1], -1, self.of)
             best = grouped.topk(self.kept, -1).indices
             return torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, best, True).flatten(-2)
         units = self.units(scores)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from edgepack.compress._activations import last_layers
 from edgepack.compress._eliminate import saliency
@@ -102,21 +102,28 @@ def find(view: GraphView, pattern: Pattern, layers: Sequence[str]) -> tuple[list
 
 
 def _obstacle(
-    call: Call, calls: Sequence[Call], pattern: Pattern, layers: Sequence[str], last: set[object]
+    call: Call, calls: Sequence[Call], pattern: Pattern, layers: Sequence[str], last: Collection[fx.Node]
 ) -> str | None:
     layer = call.layer
     asked = any(named(one.path, layers) for one in calls)
     if layers and not asked:
         return "'layers' does not name it"
     groups = getattr(layer, "groups", 1)
-    if groups > 1 and layer.weight.shape[1] == 1 and not asked:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if groups > 1 and weight.shape[1] == 1 and not asked:
         return "depthwise: few weights, and no engine gains"
-    if not asked and any(one.node.args[0].op == "placeholder" for one in calls):
+    if not asked and any(_reads_input(one.node) for one in calls):
         return "it reads the network's input"
     if not asked and any(one.node in last for one in calls):
         return "it gives the network's output"
     obstacle = next((one.obstacle for one in calls if one.obstacle is not None), None)
-    return obstacle or pattern.obstacle(layer.weight, groups)
+    return obstacle or pattern.obstacle(weight, groups)
+
+
+def _reads_input(node: fx.Node) -> bool:
+    source = node.args[0]
+    return isinstance(source, fx.Node) and source.op == "placeholder"
 
 
 def second_moments(layers: Sequence[Sparse]) -> Mapping[nn.Module, Spot]:

@@ -144,7 +144,7 @@ class Sparsifying:
         asked = [one.weight.requires_grad for one in self.layers]
         for one in self.layers:
             one.weight.requires_grad_(True)
-        hooks = [one.weight.register_hook(masked(one.weight)) for one in self.layers]
+        hooks = [one.weight.register_hook(masked(one.weight)) for one in self.layers]  # type: ignore[no-untyped-call]
         try:
             yield Hold(
                 project=[project], schedule=[Stairs(self)] if gradual else [], settled=SETTLED if gradual else 0.0
@@ -181,7 +181,7 @@ class Stairs:
 
 def kept(scores: Tensor, pattern: Pattern) -> float:
     """Sum of what a pattern N:M keeps."""
-    return float(scores.unflatten(-1, (-1, pattern.of)).topk(pattern.kept, -1).values.sum())
+    return float(scores.reshape(len(scores), -1, pattern.of).topk(pattern.kept, -1).values.sum())
 
 
 def share_at(progress: float, final: float) -> float:

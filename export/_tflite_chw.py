@@ -116,7 +116,7 @@ class Chw:
         if word in BINARY:
             return None if all(self._rank(t) in (0, 1, 4) for t in operator.inputs) else "a factor of another shape"
         if word == "MEAN":
-            axes = sorted(int(axis) % 4 for axis in np.ravel(self.file.values(operator.inputs[1])))
+            axes = sorted(int(axis) % 4 for axis in np.ravel(np.asarray(self.file.values(operator.inputs[1]))))
             return None if axes == [1, 2] and operator.builtinOptions.keepDims else "a mean that drops its axes"
         if word == "PAD":
             return self._pads(index)

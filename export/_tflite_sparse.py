@@ -102,7 +102,7 @@ def _keep_axes(file: Model) -> None:
         source, result = (file.main.tensors[int(ends[0])] for ends in (operator.inputs, operator.outputs))
         if file.word(operator) != "MEAN" or operator.builtinOptions.keepDims or len(source.shape) != 4:
             continue
-        axes = sorted(int(axis) % 4 for axis in file.values(int(operator.inputs[1])).flatten())
+        axes = sorted(int(axis) % 4 for axis in np.ravel(np.asarray(file.values(operator.inputs[1]))))
         if axes != [1, 2]:
             continue
         wide = file.schema.TensorT()
