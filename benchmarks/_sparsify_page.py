@@ -36,7 +36,11 @@ def document(stored: Row) -> str:
 def _lines(stored: Row) -> Iterator[str]:
     yield "# Zeros in weights: `sparsify`"
     yield ""
-    yield ("Written by `python benchmarks/sparsify.py` from `benchmarks/results/sparsify.json`; do not edit.")
+    yield (
+        "Written by `python benchmarks/sparsify.py` from `benchmarks/results/sparsify.json`; do not edit. Zeros are "
+        "chosen, and the other weights moved, by what each layer reads on calibration images; *by magnitude*: the "
+        "smallest go and the others stay."
+    )
     if stored.get("rows"):
         yield ""
         yield from _accuracy(stored["rows"])
@@ -59,7 +63,8 @@ def _accuracy(rows: list[Row]) -> Iterator[str]:
     yield ""
     yield (
         "ResNet-32 on CIFAR-10, top-1 on the test images, none of which took part in any choice. The teacher is the "
-        "dense network. Seconds are of a machine with other work on it, one thread."
+        "dense network. Seconds are of a machine with other work on it, one thread. A row without "
+        "training is what the pass alone leaves."
     )
     yield ""
     yield "| zeros | of all weights | images | dense | before training | trained | lost | training |"
@@ -105,8 +110,8 @@ def _sizes(rows: list[Row]) -> Iterator[str]:
     yield "## Sizes of files"
     yield ""
     yield (
-        "ResNet-32, float32, of the dense network's file. TFLite stores what is not zero; the others store zeros, and "
-        "compute with them: they are smaller only where something compresses the file on its way."
+        "ResNet-32, float32, of the dense network's file. TFLite and Core ML store what is not zero; the others store zeros "
+        "and compute with them: they are smaller only where something compresses the file on its way."
     )
     yield ""
     yield "| format | zeros | dense, bytes | sparse | dense, gzip | sparse, gzip | sparse over dense, gzip over gzip |"
