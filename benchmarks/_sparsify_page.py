@@ -110,8 +110,8 @@ def _sizes(rows: list[Row]) -> Iterator[str]:
     yield "## Sizes of files"
     yield ""
     yield (
-        "ResNet-32, float32, of the dense network's file. TFLite and Core ML store what is not zero; the others store zeros "
-        "and compute with them: they are smaller only where something compresses the file on its way."
+        "ResNet-32, float32, of the dense network's file. TFLite and Core ML store what is not zero; the others store "
+        "zeros and compute with them: they are smaller only where something compresses the file on its way."
     )
     yield ""
     yield "| format | zeros | dense, bytes | sparse | dense, gzip | sparse, gzip | sparse over dense, gzip over gzip |"
