@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from edgepack.compress._gptq import round_in_turn
-from edgepack.compress._grid import round_to, spread
+from edgepack.compress._grid import laid_out, round_to, spread
 
 STEPS = 1000
 RATE = 0.02
@@ -55,7 +55,7 @@ class AdaRound:
     def __post_init__(self) -> None:
         self._left = self.seconds
 
-    def round(self, weight: Tensor, scale: Tensor, moments: Tensor, top: int) -> Tensor:
+    def round(self, weight: Tensor, scale: Tensor, moments: Tensor, top: int | Tensor) -> Tensor:
         """Values on the grid, as ``round_in_turn`` gives them, each row with at most the error that has there."""
         began = time.monotonic()
         share = self._left / max(self.layers - len(self.ratios), 1)
@@ -86,18 +86,19 @@ def row_errors(weight: Tensor, rounded: Tensor, moments: Tensor) -> Tensor:
     return ((apart @ moments) * apart).sum(2).flatten()
 
 
-def settled(weight: Tensor, rounded: Tensor, scale: Tensor, moments: Tensor, top: int) -> Tensor:
+def settled(weight: Tensor, rounded: Tensor, scale: Tensor, moments: Tensor, top: int | Tensor) -> Tensor:
     """Where no step of a single weight to the next value on its grid lowers the error of its row any more."""
     groups, columns = moments.shape[:2]
     steps = spread(scale, weight).double().expand_as(weight).reshape(groups, -1, columns)
     exact = weight.detach().double().reshape(groups, -1, columns)
     whole = (rounded.double().reshape(groups, -1, columns) / steps).round()
+    most = laid_out(top, weight, moments)
     slope = 2 * steps * ((whole * steps - exact) @ moments)
     bend = steps.square() * moments.diagonal(dim1=1, dim2=2)[:, None]
     group = torch.arange(groups)[:, None]
     for _ in range(ROUNDS * columns):
-        changes = torch.where(whole.abs() < top, bend - slope.abs(), torch.inf)
-        inward = (whole.abs() == top) & (slope * whole > 0)
+        changes = torch.where(whole.abs() < most, bend - slope.abs(), torch.inf)
+        inward = (whole.abs() == most) & (slope * whole > 0)
         changes = torch.where(inward, bend - slope.abs(), changes)
         gain, column = changes.min(2)
         moving = gain < -LEAST_GAIN * bend.gather(2, column[..., None])[..., 0]
@@ -110,12 +111,12 @@ def settled(weight: Tensor, rounded: Tensor, scale: Tensor, moments: Tensor, top
     return (whole.reshape(weight.shape)).to(weight.dtype) * spread(scale, weight)
 
 
-def _learned(weight: Tensor, scale: Tensor, moments: Tensor, top: int, deadline: float) -> tuple[Tensor, bool]:
+def _learned(weight: Tensor, scale: Tensor, moments: Tensor, top: int | Tensor, deadline: float) -> tuple[Tensor, bool]:
     """What is learned until the deadline, and whether that was all."""
     groups, columns = moments.shape[:2]
     steps = spread(scale, weight).expand_as(weight).reshape(groups, -1, columns).float()
     exact = weight.detach().float().reshape(groups, -1, columns) / steps
-    floor = exact.floor()
+    floor, most = exact.floor(), laid_out(top, weight, moments)
     nearest = row_errors(weight, round_to(weight, scale, top), moments).view(groups, -1, 1).clamp_min(1e-300)
     scaled = moments.float(), (steps.double().square() * columns / nearest).float()  # rows are of one size then
     hidden = torch.logit((exact - floor - BELOW) / (STRETCH - BELOW)).requires_grad_()
@@ -127,12 +128,12 @@ def _learned(weight: Tensor, scale: Tensor, moments: Tensor, top: int, deadline:
                 whole = False
                 break
             up = (torch.sigmoid(hidden) * (STRETCH - BELOW) + BELOW).clamp(0, 1)
-            error = (floor + up).clamp(-top, top) - exact
+            error = (floor + up).clamp(-most, most) - exact
             optimizer.zero_grad()
             (_moved(error, *scaled) + _pull(up, number / STEPS)).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     up = (torch.sigmoid(hidden.detach()) > 0.5).float()
-    integers = (floor + up).clamp(-top, top).reshape(weight.shape)
+    integers = (floor + up).clamp(-most, most).reshape(weight.shape)
     return integers.to(weight.dtype) * spread(scale, weight), whole
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from edgepack.compress._graph import argument, operator_of
-from edgepack.compress._grid import TOP, spread
+from edgepack.compress._grid import TOP, laid_out, spread
 from edgepack.compress._operators import aten
 
 DAMPING = 0.01  # of the mean diagonal
@@ -44,23 +44,24 @@ def second_moments(node: fx.Node, read: Tensor, weight: Tensor) -> Tensor | None
     return total
 
 
-def round_in_turn(weight: Tensor, scale: Tensor, moments: Tensor, top: int = TOP) -> Tensor:
+def round_in_turn(weight: Tensor, scale: Tensor, moments: Tensor, top: int | Tensor = TOP) -> Tensor:
     """Values on the grid with less error of the layer's result than the nearest have; shape and type of ``weight``."""
     groups, columns = moments.shape[0], moments.shape[1]
+    most = laid_out(top, weight, moments)
     rest = weight.detach().double().reshape(groups, -1, columns).clone()
     steps = spread(scale, weight).double().expand_as(weight).reshape(groups, -1, columns)
-    factor = _factor(moments)
+    factor = inverse_factor(moments)
     done = torch.zeros_like(rest)
     for column in range(columns):
         step = steps[:, :, column]
-        whole = (rest[:, :, column] / step).round().clamp(-top, top)
+        whole = (rest[:, :, column] / step).round().clamp(-most[:, :, column], most[:, :, column])
         done[:, :, column] = whole
         error = (rest[:, :, column] - whole * step) / factor[:, column, column, None]
         rest[:, :, column:] -= error[:, :, None] * factor[:, None, column, column:]
     return done.reshape(weight.shape).to(weight.dtype) * spread(scale, weight)
 
 
-def _factor(moments: Tensor) -> Tensor:
+def inverse_factor(moments: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse, columns that are always zero set apart.
 
     Of 4,608 columns (a 3×3 convolution of 512 channels) each of these matrices takes 170 MB; none is kept for long.

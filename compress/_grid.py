@@ -16,6 +16,16 @@ def top(bits: int) -> int:
     return (1 << (bits - 1)) - 1
 
 
+def limits(top: int, kept: Tensor | None) -> int | Tensor:
+    """The largest integer of each weight, where some must stay 0."""
+    return top if kept is None else top * kept
+
+
+def laid_out(top: int | Tensor, weight: Tensor, moments: Tensor) -> Tensor:
+    """The largest integer of each weight, laid out as second moments (groups, columns, columns) see it."""
+    return torch.as_tensor(top).expand_as(weight).reshape(len(moments), -1, moments.shape[1])
+
+
 def group_scale(weight: Tensor, top: int, size: int) -> Tensor:
     """Scales (rows, groups) of ``size`` columns each, as ``weight_scale`` finds them."""
     return weight_scale(weight.reshape(-1, size), top=top).view(len(weight), -1)
@@ -42,7 +52,8 @@ def weight_scale(weight: Tensor, floor: Tensor | float = 0.0, top: int = TOP) ->
     return torch.maximum(best, torch.as_tensor(floor, dtype=best.dtype)).float()
 
 
-def round_to(weight: Tensor, scale: Tensor, top: int = TOP) -> Tensor:
-    """The nearest values scale × integer, integers from −top to top."""
+def round_to(weight: Tensor, scale: Tensor, top: int | Tensor = TOP) -> Tensor:
+    """The nearest values scale × integer, integers from −top to top; ``top`` may differ from weight to weight."""
     steps = spread(scale, weight)
-    return (weight / steps).round().clamp(-top, top) * steps
+    most = torch.as_tensor(top)
+    return (weight / steps).round().clamp(-most, most) * steps

@@ -17,8 +17,8 @@ the range of the layer's result, and steps as logarithms.
 from __future__ import annotations
 
 import copy
-from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,8 @@ from torch import Tensor, fx, nn
 from edgepack.compress._activations import BITS, Range, grid, origin, rounded
 from edgepack.compress._graph import argument
 from edgepack.compress._grid import top
-from edgepack.compress._tune import Tune, tune
+from edgepack.compress._tune import Hold, Tune, tune
+from edgepack.compress._tune_hold import masked
 from edgepack.errors import require
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ class Learning:
         scales: of weights, by node; the learned ones afterwards.
         bits: of weights, by node.
         few: bits of activations, by node, where they are not 8.
+        kept: what of a weight is not 0 and may change, by node, where the rest stays 0.
     """
 
     graph: Graph
@@ -129,6 +131,7 @@ class Learning:
     scales: MutableMapping[str, Tensor]
     bits: Mapping[str, int]
     few: Mapping[str, int]
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
     def train(self, tensors: Mapping[str, Tensor], task: Task, run: Run, settings: Tune) -> set[str]:
         """Train, and put what was learned into ``ranges``, ``scales`` and ``tensors``; which ranges were learned.
@@ -137,8 +140,14 @@ class Learning:
             tensors: placeholder of the captured program → the network's own parameter.
         """
         module = self.build()
-        tune(module, task, run, settings)
+        tune(module, task, run, settings, Hold(project=list(self._projections(module))))
         return self.read(module, tensors)
+
+    def _projections(self, module: fx.GraphModule) -> Iterator[Callable[[], None]]:
+        """What keeps zeros of masked weights."""
+        for node in self._module().graph.nodes:
+            if node.name in self.kept:
+                yield masked(module.get_parameter(str(node.args[1].target)), self.kept[node.name])
 
     def build(self) -> fx.GraphModule:
         """The captured network with parameters of its own and quantizers, to be trained."""

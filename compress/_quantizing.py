@@ -25,8 +25,9 @@ from edgepack.compress._activations import (
 from edgepack.compress._correct import Correction, channel_means, sample
 from edgepack.compress._emulation import Emulation, Variant
 from edgepack.compress._graph import argument, named, operator_of, owner_path, shape
-from edgepack.compress._grid import top, weight_scale
+from edgepack.compress._grid import limits, top, weight_scale
 from edgepack.compress._groups import grouped_words, scale_of
+from edgepack.compress._masks import nonzero, renew_masks, sparse_layers
 from edgepack.compress._mixing import mixing, sentence
 from edgepack.compress._observe import batches, observe_ends, observe_histograms
 from edgepack.compress._operators import WEIGHTED, aten, floating, only_reader, passes, slope, word
@@ -61,8 +62,10 @@ class Quantizing:
     bits: dict[str, int] = field(default_factory=dict)
     weights: dict[str, tuple[Tensor, Tensor | float]] = field(default_factory=dict)  # and their least scales
     few: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)  # what of weights with a mask is not 0
 
     def run(self, module: nn.Module) -> nn.Module:
+        sparse = sparse_layers(self.run_.plan, module, self.task)
         module = Preparing(self.task, self.run_, self.options.equalize).prepare(module)
         graph = capture(module, self.task)
         self.few = self._few(graph)
@@ -70,6 +73,7 @@ class Quantizing:
         inputs = sample(graph, self.task)
         means = channel_means(graph.program.module(check_guards=False), inputs, _axes(graph))
         scales, weights = self._scales(module, graph, ranges)
+        self.kept = nonzero(module, graph, sparse)
         if self.options.limits:
             self._mix(module, graph, inputs, scales)
         wanted = self.options.explain or self.options.target is not None
@@ -194,7 +198,8 @@ class Quantizing:
         weight = weights.pop(node.name, None)
         if weight is None:
             return
-        weight.copy_(self.rounding.round(node, read, weight, scales[node.name], top(self.bits[node.name])))
+        most = limits(top(self.bits[node.name]), self.kept.get(node.name))
+        weight.copy_(self.rounding.round(node, read, weight, scales[node.name], most))
 
     @functools.cached_property
     def rounding(self) -> Rounding:
@@ -281,6 +286,7 @@ class Quantizing:
             if node.name in self.left:
                 entry["float"] = self.left[node.name]
             plan.nodes[name] = entry
+        renew_masks(plan, self.kept)
         if missing := (set(scales) | set(ranges)) - set(plan.nodes):
             raise AssertionError(f"captured again, the network lacks {sorted(missing)}")
         counts = Counter(max(self.bits[name], self.options.widths[-1]) for name in scales)
@@ -291,7 +297,7 @@ class Quantizing:
         """Train weights and grids together, from what they are now on; all of them are changed in place."""
         from edgepack.compress._learning import Learning
 
-        learning = Learning(graph, _inputs(graph), ranges, scales, self.bits, self.few)
+        learning = Learning(graph, _inputs(graph), ranges, scales, self.bits, self.few, self.kept)
         learned = learning.train(parameters(module, graph), self.task, self.run_, self.options.training)
         ranges.update({name: pair for name, pair in self._calibrate(graph).items() if name not in learned})
 

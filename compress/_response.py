@@ -24,7 +24,7 @@ WIDEST = 2304  # second moments of more numbers than this take too long
 Seen = Callable[[Tensor, Tensor], None]
 
 
-def moments(module: nn.Module, task: Task, spots: Sequence[Spot]) -> dict[nn.Module, Tensor]:
+def moments(module: nn.Module, task: Task, spots: Sequence[Spot], count: int = SAMPLES) -> dict[nn.Module, Tensor]:
     """Second moment of what each layer reads, (groups, n, n) with n = c·k / groups; on the calibration data alone.
 
     Not of layers with a space to factor on one or three axes, nor of very wide ones.
@@ -41,7 +41,7 @@ def moments(module: nn.Module, task: Task, spots: Sequence[Spot]) -> dict[nn.Mod
 
         return seen
 
-    _run(module, task, {spot.layer: watch(spot) for spot in fitting})
+    _run(module, task, {spot.layer: watch(spot) for spot in fitting}, count)
     return found
 
 
@@ -90,10 +90,10 @@ def _unfolds(dense: Stage) -> bool:
     return len(dense.kernel) in (0, 2)
 
 
-def _run(module: nn.Module, task: Task, watches: dict[nn.Module, Seen]) -> None:
+def _run(module: nn.Module, task: Task, watches: dict[nn.Module, Seen], count: int = SAMPLES) -> None:
     """Show each layer's input and result while the network computes the samples."""
     data = task.calibration if task.calibration is not None else task.evaluation
-    samples = task.samples(NOISE if data is None else SAMPLES)
+    samples = task.samples(NOISE if data is None else count)
     with _watched(watches), torch.no_grad():
         for inputs in _batches(task, samples):
             module(*inputs)

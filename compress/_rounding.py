@@ -31,7 +31,7 @@ class Rounding:
     progress: Callable[[str, int], Callable[[int], None]]
     learning: AdaRound | None = field(default=None, init=False)
 
-    def round(self, node: fx.Node, read: Tensor, weight: Tensor, scale: Tensor, top: int) -> Tensor:
+    def round(self, node: fx.Node, read: Tensor, weight: Tensor, scale: Tensor, top: int | Tensor) -> Tensor:
         """The weight's values on the grid, for a layer that reads ``read``."""
         moments = None if self.method == NEAREST else second_moments(node, read, weight)
         if moments is None:

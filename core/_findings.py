@@ -64,7 +64,13 @@ def _binary(found: Values) -> dict[str, Any]:
     return {**found, "rows": rows[:LAYERS], "more": len(rows) - len(rows[:LAYERS])}
 
 
+def _filters(found: Values) -> dict[str, Any]:
+    """What the filters of 3 × 3 convolutions are like; bars of how varied they are beside random ones."""
+    rows = [{**row, "to": place(min(row["against_random"], 1.0), 0, 1)} for row in found["rows"]]
+    return {"rows": rows, "axis": axis([0.0, 0.25, 0.5, 0.75, 1.0])}
+
+
 SHOWN: Mapping[str, Callable[[Values], dict[str, Any]]] = {
     "sensitivity": _sensitivity, "mixed": _mixed, "tokens": _tokens, "factors": _factors, "products": _products,
-    "binarize": _binary,
+    "binarize": _binary, "filters": _filters,
 }  # fmt: skip

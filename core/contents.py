@@ -20,6 +20,8 @@ def key(array: np.ndarray[Any, Any]) -> str | None:
     flat = np.ravel(array)
     if flat.dtype == np.float16:
         flat = flat.astype(np.float32)
+    if flat.dtype.kind == "f":
+        flat = flat + 0.0  # −0 is 0
     if flat.size * flat.dtype.itemsize < SMALL_BYTES or flat.dtype.kind not in "fiu" or (flat == flat[0]).all():
         return None
     bits = np.ascontiguousarray(flat).view(f"u{flat.dtype.itemsize}").astype(np.uint64)

@@ -14,6 +14,7 @@ from edgepack.errors import Unsupported, require
 from edgepack.export._coreml_groups import merge_groups
 from edgepack.export._coreml_half import exact
 from edgepack.export._coreml_program import spelled_out
+from edgepack.export._coreml_sparse import store_sparse
 from edgepack.graph import recapture
 from edgepack.silence import silence
 
@@ -31,6 +32,9 @@ FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, As
 OUTPUTS = {"float32": np.float32, "float16": np.float16, "int32": np.int32, "int64": np.int32, "bool": np.float32}
 
 
+FLOATS = ("float32", "float16")
+
+
 def convert(graph: Graph, package: Path, target: str, half: bool) -> None:
     """Write ``package``, as coremltools does.
 
@@ -45,15 +49,17 @@ def convert(graph: Graph, package: Path, target: str, half: bool) -> None:
             pipeline.remove_passes(REWRITERS)
         precision = _half_precision(ct) if half else ct.precision.FLOAT32
         try:
-            ct.convert(
+            model = ct.convert(
                 spelled_out(planar.program),
                 outputs=[_output(ct, spec, place) for place, spec in enumerate(graph.outputs)],
                 minimum_deployment_target=getattr(ct.target, target),
                 compute_precision=precision,
                 pass_pipeline=pipeline,
-                package_dir=str(package),
                 skip_model_load=True,
             )
+            if graph.dialect in FLOATS:
+                model = store_sparse(model)
+            model.save(str(package))
         except FAILURES as error:
             raise Unsupported(_reason(error), "export to another format, or replace the operator") from error
 

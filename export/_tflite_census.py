@@ -10,8 +10,10 @@ from typing import Any
 from edgepack import contents
 from edgepack.contracts import Census, Graph
 from edgepack.errors import require
+from edgepack.export._tflite_chw import Chw
 from edgepack.export._tflite_file import constant, dtypes
 from edgepack.export._tflite_form import quiet
+from edgepack.export._tflite_model import Model
 
 DELEGATE = "DELEGATE"
 
@@ -43,7 +45,8 @@ def census(data: bytes, graph: Graph) -> Census:
         for operator in subgraph.operators
     )
     weights, keys = _weights(schema, model)
-    notes = (*_transposes(operators["TRANSPOSE"], graph), _delegated(data))
+    sparse = Chw(Model(schema, model)).verdict()
+    notes = (*_transposes(operators["TRANSPOSE"], graph), _delegated(data), *([] if sparse is None else [sparse]))
     return Census(dict(operators), weights, notes, keys)
 
 

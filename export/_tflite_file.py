@@ -7,6 +7,7 @@ ships.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -166,7 +167,18 @@ def constant(schema: Any, model: Any, tensor: Any) -> np.ndarray[Any, Any] | Non
     shape = [] if tensor.shape is None else [int(size) for size in tensor.shape]
     if tensor.type == schema.TensorType.INT4:
         return unpacked(np.asarray(data, np.uint8), shape)
-    return np.asarray(data, np.uint8).view(dtype).reshape(shape)
+    values = np.asarray(data, np.uint8).view(dtype)
+    return values.reshape(shape) if tensor.sparsity is None else unfolded(tensor, values)
+
+
+def unfolded(tensor: Any, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The weight that a sparse tensor stands for: along its last axis only what is not 0 is stored."""
+    last = tensor.sparsity.dimMetadata[-1]
+    starts, columns = (np.asarray(vector.values) for vector in (last.arraySegments, last.arrayIndices))
+    shape = [int(size) for size in tensor.shape]
+    found = np.zeros((math.prod(shape[:-1]), shape[-1]), values.dtype)
+    found[np.repeat(np.arange(len(found)), np.diff(starts)), columns] = values
+    return found.reshape(shape)
 
 
 def dtypes(schema: Any) -> dict[int, np.dtype[Any]]:

@@ -79,10 +79,15 @@ class Tensorrt(Exporter):
     def write(self, simulation: Graph, folder: Path) -> Census:
         from edgepack.export import _tensorrt_form as form
         from edgepack.export._onnx_integer import hold_integers
+        from edgepack.export._tensorrt_sparse import sparse_weights
 
         settings = self._settings(simulation.inputs)
         notes = form.write(to_onnx(simulation, OPSET), folder / MODEL, self.precision == "float16")
         hold_integers(folder / MODEL, simulation)
+        fitting, weights = sparse_weights(folder / MODEL)
+        settings["sparse_weights"] = fitting > 0
+        if fitting:
+            notes = [*notes, f"{fitting} of {weights} weights hold 2:4; TensorRT may use sparse tensor cores for them"]
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return census(folder / MODEL, notes)
 

@@ -74,8 +74,9 @@ class Tflite(Exporter):
         from edgepack.export._tflite_file import finish
         from edgepack.export._tflite_form import to_tflite
         from edgepack.export._tflite_packed import packed_values
+        from edgepack.export._tflite_sparse import store_sparse
 
-        half, change = self.precision == "float16", None
+        half, change = self.precision == "float16", store_sparse
         packed = packs_float(self.weights, simulation)
         form, weights = simulation, list[Weight]()
         if simulation.dialect in DIALECTS:

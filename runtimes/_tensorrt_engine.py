@@ -58,7 +58,7 @@ class Identity:
 
 def settings_key(settings: Mapping[str, Any]) -> str:
     """SHA-256 of the settings that change an engine."""
-    names = ("schema", "compute", "strongly_typed", "workspace_mb", "profiles")
+    names = ("schema", "compute", "strongly_typed", "workspace_mb", "profiles", "sparse_weights")
     return _digest([BUILD, {name: settings.get(name) for name in names}])
 
 
@@ -143,6 +143,8 @@ def build(trt: Any, model: bytes, settings: Mapping[str, Any], log: Any, timings
         raise Unsupported(f"TensorRT {trt.__version__} does not take the model: {_complaints(parser)}")
     config = builder.create_builder_config()
     (config.set_flag if settings["compute"] == "tf32" else config.clear_flag)(trt.BuilderFlag.TF32)
+    if settings.get("sparse_weights"):
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     if settings.get("workspace_mb"):
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings["workspace_mb"] << 20)
     if settings["profiles"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -155,6 +156,19 @@ def test_every_mark_lies_on_its_strip(out: Path) -> None:
     places = [float(value) for value in re.findall(r'(?:cx|x1|x2|x|width)="([-\d.e]+)%"', text) if value]
     assert len(places) > 40
     assert all(0 <= value <= 100 for value in places)
+
+
+def test_filters_are_drawn_beside_random_ones(out: Path) -> None:
+    row = {"layer": "layer1.conv", "filters": 64, "sparsity": 0.4, "entropy": 0.7, "against_random": 1.02,
+           "orthogonality": 0.8, "drift": None, "advice": "prune channels"}  # fmt: skip
+    shutil.rmtree(out / "compressed")
+    step = {**STEP, "part": "sparsify", "findings": {"filters": {"rows": [row, {**row, "against_random": 0.5}]}}}
+    write(out / "compressed", 1_080_000, format="pt2", history=(step,))
+    text, page = render(out)
+    words = " ".join(" ".join(page.text).split())
+    assert "layer1.conv 64 filters" in words
+    assert "1.02 40 % 0.80 – prune channels" in words
+    assert re.findall(r'height="12" width="([\d.]+)%"', text)[-2:] == ["100.0", "50.0"]
 
 
 def test_an_empty_or_damaged_folder_is_refused(out: Path, tmp_path: Path) -> None:

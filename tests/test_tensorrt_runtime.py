@@ -154,6 +154,13 @@ def test_float16_computes_in_float16(gpu, graph, tmp_path):
     assert len(Builder.builds) == 2
 
 
+def test_sparse_weights_are_a_flag(gpu, graph, plain, tmp_path, monkeypatch):
+    monkeypatch.setattr("edgepack.export._tensorrt_sparse.sparse_weights", lambda path: (1, 2))
+    gpu.runtime().load(written(graph, tmp_path / "a")[0])
+    gpu.runtime().load(plain)
+    assert ["SPARSE_WEIGHTS" in build.config.flags for build in Builder.builds] == [True, False]
+
+
 def test_tf32_is_a_flag(gpu, plain):
     gpu.runtime(compute="tf32").load(plain)
     assert "TF32" in Builder.builds[0].config.flags

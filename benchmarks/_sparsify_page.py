@@ -1,0 +1,143 @@
+"""The results of ``sparsify.py``: stored as JSON, shown as ``docs/sparsify.md``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgepack.artifact import write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+STORED = ROOT / "benchmarks" / "results" / "sparsify.json"
+DOCUMENT = ROOT / "docs" / "sparsify.md"
+Row = Mapping[str, Any]
+
+
+def store(stage: str, row: Row, facts: Row) -> None:
+    """Put a row in place of that of the same name, and write the page."""
+    stored: dict[str, Any] = json.loads(STORED.read_text(encoding="utf-8")) if STORED.exists() else {}
+    old = [item for item in stored.get(stage, []) if item["row"] != row["row"]]
+    stored[stage] = sorted([*old, row], key=lambda item: item["row"])
+    stored["facts"] = facts
+    write_text(STORED, json.dumps(stored, indent=1, allow_nan=False) + "\n")
+    rewrite()
+
+
+def rewrite() -> None:
+    write_text(DOCUMENT, document(json.loads(STORED.read_text(encoding="utf-8"))))
+
+
+def document(stored: Row) -> str:
+    return "\n".join(_lines(stored)) + "\n"
+
+
+def _lines(stored: Row) -> Iterator[str]:
+    yield "# Zeros in weights: `sparsify`"
+    yield ""
+    yield (
+        "Written by `python benchmarks/sparsify.py` from `benchmarks/results/sparsify.json`; do not edit. Zeros are "
+        "chosen, and the other weights moved, by what each layer reads on calibration images; *by magnitude*: the "
+        "smallest go and the others stay."
+    )
+    if stored.get("rows"):
+        yield ""
+        yield from _accuracy(stored["rows"])
+    if stored.get("calls"):
+        yield ""
+        yield from _calls(stored["calls"])
+    if stored.get("race"):
+        yield ""
+        yield from _race(stored["race"])
+    if stored.get("sizes"):
+        yield ""
+        yield from _sizes(stored["sizes"])
+    yield ""
+    named = ", ".join(f"{name} {version}" for name, version in stored["facts"]["versions"].items())
+    yield f"{stored['facts']['processor']}; {named}."
+
+
+def _accuracy(rows: list[Row]) -> Iterator[str]:
+    yield "## Accuracy"
+    yield ""
+    yield (
+        "ResNet-32 on CIFAR-10, top-1 on the test images, none of which took part in any choice. The teacher is the "
+        "dense network. Seconds are of a machine with other work on it, one thread. A row without "
+        "training is what the pass alone leaves."
+    )
+    yield ""
+    yield "| zeros | of all weights | images | dense | before training | trained | lost | training |"
+    yield "| --- " * 8 + "|"
+    for row in rows:
+        after = row.get("after", row["before"])
+        yield (
+            f"| {row['row']} | {100 * row['zeros'] / row['weights']:.1f} % | {row['samples']:,} "
+            f"| {100 * row['original']:.2f} % | {100 * row['before']:.2f} % "
+            f"| {f'{100 * after:.2f} %' if 'after' in row else 'none'} | {100 * (row['original'] - after):.2f} points "
+            f"| {_training(row)} |"
+        )
+
+
+def _training(row: Row) -> str:
+    if "settings" not in row:
+        return "none"
+    return f"{row['settings']['epochs']} epochs of {row['images']:,} images, {row['seconds']:.0f} s"
+
+
+def _calls(rows: list[Row]) -> Iterator[str]:
+    yield "## TFLite: instructions of a call"
+    yield ""
+    yield (
+        "MobileNetV1, 224 × 224, random weights, zeros in its 1×1 convolutions and its classifier; LiteRT's C library "
+        "under QEMU, one call, one thread. XNNPACK computes 1×1 convolutions from their non-zero weights alone on ARM "
+        "and on x86 without AVX; **on x86 with AVX nothing is faster: XNNPACK turns that off.** A count of "
+        "instructions is no time. 1x4: four output channels are zero together."
+    )
+    yield ""
+    yield "| processor | zeros | dense | sparse | × fewer | file, of the dense one |"
+    yield "| --- " * 6 + "|"
+    for row in rows:
+        dense, sparse = (row["instructions"][word] for word in ("dense", "sparse"))
+        share = row["bytes"]["sparse"] / row["bytes"]["dense"]
+        yield (
+            f"| {row['processor']} | {100 * row['share']:.0f} %, {row['pattern']} | {dense / 1e6:.1f} M "
+            f"| {sparse / 1e6:.1f} M | {dense / sparse:.2f} | {share:.3f} |"
+        )
+
+
+def _sizes(rows: list[Row]) -> Iterator[str]:
+    yield "## Sizes of files"
+    yield ""
+    yield (
+        "ResNet-32, float32, of the dense network's file. TFLite and Core ML store what is not zero; the others store "
+        "zeros and compute with them: they are smaller only where something compresses the file on its way."
+    )
+    yield ""
+    yield "| format | zeros | dense, bytes | sparse | dense, gzip | sparse, gzip | sparse over dense, gzip over gzip |"
+    yield "| --- " * 7 + "|"
+    for row in rows:
+        dense, sparse = row["dense"], row["sparse"]
+        yield (
+            f"| {row['target']} | {row['network']} | {dense['bytes']:,} | {sparse['bytes']:,} | {dense['gzip']:,} "
+            f"| {sparse['gzip']:,} | {sparse['bytes'] / dense['bytes']:.3f}, {sparse['gzip'] / dense['gzip']:.3f} |"
+        )
+
+
+def _race(rows: list[Row]) -> Iterator[str]:
+    yield "## Latency on x86 with AVX"
+    yield ""
+    yield (
+        "ResNet-32, float32, one image, one thread, dense and sparse interleaved; *time* is of the sparse network over "
+        "that of the dense one with the 95 % interval."
+    )
+    yield ""
+    yield "| engine of | zeros | dense, ms | sparse, ms | time | verdict |"
+    yield "| --- " * 6 + "|"
+    for row in rows:
+        ratio = row["ratio"]
+        word = f"faster by {1 - ratio['value']:.0%}" if ratio["verdict"] == "faster" else "not faster: computed densely"
+        yield (
+            f"| {row['target']} | {row['network']} | {row['ms'][0]:.3f} | {row['ms'][1]:.3f} "
+            f"| {ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] | {word} |"
+        )
