@@ -11,6 +11,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from edgepack.graph import flatten
 from edgepack.usercode import sentence
 
 LIMIT = 1e-8  # largest difference over the largest value, in double precision
-FAULTS = (RuntimeError, ValueError, IndexError, AssertionError, TypeError, AttributeError, KeyError)
+FAULTS = (RuntimeError, ValueError, IndexError, AssertionError, TypeError, AttributeError, KeyError, ZeroDivisionError)
 
 
 @dataclass(eq=False)
@@ -66,16 +67,23 @@ class Survey:
 
     def _channels(self) -> Iterator[Group]:
         """Every group of channels that some layer computes, those that cannot go excepted."""
-        graph = _graph(self.module, self.inputs)
+        try:
+            graph = _graph(self.module, self.inputs)
+        except FAULTS as error:
+            self.left[type(self.module).__name__] = f"Torch-Pruning cannot follow its channels ({sentence(error)})"
+            return
         seen: set[str] = set()
         for path, layer in graph.model.named_modules():
-            if not isinstance(layer, (nn.Linear, _ConvNd)) or depthwise(layer) or layer not in graph.module2node:
-                continue
-            if path in seen:
+            computes = isinstance(layer, (nn.Linear, _ConvNd)) and not depthwise(layer)
+            if not computes or path in seen or layer not in graph.module2node:
                 continue
             pruner = graph.get_pruner_of_module(layer)
             units = list(range(pruner.get_out_channels(layer)))
-            items = list(graph.get_pruning_group(layer, pruner.prune_out_channels, units))
+            try:
+                items = list(graph.get_pruning_group(layer, pruner.prune_out_channels, units))
+            except FAULTS as error:
+                self.left[path] = f"Torch-Pruning cannot follow its channels ({sentence(error)})"
+                continue
             seen |= {path for path, what in (_side(graph, item) for item in items) if what == OUT}
             if (reason := _reason(graph, items)) is None:
                 yield _group(graph, path, items, len(units))
@@ -95,13 +103,9 @@ class Survey:
             self._try(groups[: len(groups) // 2])
             self._try(groups[len(groups) // 2 :])
 
-    @property
+    @cached_property
     def _trial(self) -> Trial:
-        if self._made is None:
-            self._made = Trial.of(self.module, self.inputs)
-        return self._made
-
-    _made: Trial | None = None
+        return Trial.of(self.module, self.inputs)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ def restore(module: nn.Module, layers: dict[str, nn.MultiheadAttention]) -> None
 
 def heads_of(module: nn.Module) -> Iterator[Group]:
     """A group for each attention layer whose heads can be told apart."""
+    layer: Any
     for path, layer in module.named_modules():
         if (parts := _projections(layer)) is None:
             continue
@@ -97,6 +98,7 @@ def heads_of(module: nn.Module) -> Iterator[Group]:
 
 def settle(module: nn.Module) -> None:
     """Tell attention layers how many heads they have now."""
+    layer: Any
     for layer in module.modules():
         if (parts := _projections(layer)) is not None and parts[0] == "qkv":
             layer.attn_dim = getattr(layer, parts[-1]).in_features

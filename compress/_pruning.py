@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ EXACT = (
     1e-5  # largest difference of the pruned network from the original with those weights at 0, over the largest value
 )
 SHOWN = 3
+FILE = "steps.json"
 HINT = "a larger ratio, a smaller multiple or least, or fewer names in leave"
 
 
@@ -110,33 +112,56 @@ class Pruning:
         return union(self.groups[step.group].cut(step.units) for step in order)
 
     def _count(self, module: nn.Module, order: Sequence[Step]) -> int:
-        """How many steps keep every budget: those that are counted first, then those that are measured."""
-        options, count = self.options, 0
-        found: dict[str, float] = {}
+        """How many steps keep every budget: those that are counted first, then those that are measured.
 
-        def made(number: int) -> nn.Module:
-            return narrow(copy.deepcopy(module), self.cut(order[:number]))
-
-        def least(name: str, ratio: float, cost: Any) -> int:
-            def keeps(extra: int) -> bool:
-                found[name] = cost(made(count + extra))
-                return found[name] <= ratio
-
-            if (more := enough(len(order) - count, keeps)) is None:
-                raise BudgetError(f"prune: {name} {ratio:g} cannot be reached: the narrowest network gives "
-                                  f"{found[name]:.3f}", HINT)  # fmt: skip
-            return count + more
-
+        What was measured is kept in the run's folder: a run that was killed while it trained removes the same again.
+        """
+        options, count, path = self.options, 0, self.run_.workdir / FILE
         if options.macs_ratio is not None:
             whole = macs(module, self.one)
-            count = least("macs_ratio", options.macs_ratio, lambda one: macs(one, self.one) / whole)
+            count = self._least(
+                module, order, 0, ("macs_ratio", options.macs_ratio), lambda one: macs(one, self.one) / whole
+            )
         if options.size_ratio is not None:
             values = numbers(module)
-            count = least("size_ratio", options.size_ratio, lambda one: numbers(one) / values)
-        for target, ratio in options.latency_limits().items():
-            measured = lambda one, target=target: self.run_.measure(one, module, target).value  # noqa: E731
-            count = least(f"latency_ratio ({target})", ratio, measured)
+            count = self._least(
+                module, order, count, ("size_ratio", options.size_ratio), lambda one: numbers(one) / values
+            )
+        if not (limits := options.latency_limits()):
+            return count
+        if path.exists() and (stored := json.loads(path.read_text(encoding="utf-8")))["identity"] == self.run_.identity:
+            return int(stored["steps"])
+        for target, ratio in limits.items():
+            measured = partial(self._latency, against=module, target=target)
+            count = self._least(module, order, count, (f"latency_ratio ({target})", ratio), measured)
+        self.run_.workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"identity": self.run_.identity, "steps": count}), encoding="utf-8")
         return count
+
+    def _latency(self, module: nn.Module, against: nn.Module, target: str) -> float:
+        return self.run_.measure(module, against, target).value
+
+    def _least(
+        self,
+        module: nn.Module,
+        order: Sequence[Step],
+        done: int,
+        budget: tuple[str, float],
+        cost: Callable[[nn.Module], float],
+    ) -> int:
+        """The fewest steps from ``done`` on that keep a budget. Raises BudgetError."""
+        (name, limit), seen = budget, 1.0
+
+        def keeps(more: int) -> bool:
+            nonlocal seen
+            seen = cost(narrow(copy.deepcopy(module), self.cut(order[: done + more])))
+            return seen <= limit
+
+        if (more := enough(len(order) - done, keeps)) is None:
+            raise BudgetError(
+                f"prune: {name} {limit:g} cannot be reached: the narrowest network gives {seen:.3f}", HINT
+            )
+        return done + more
 
     def _say(
         self, before: nn.Module, module: nn.Module, worth: Sequence[Tensor], order: Sequence[Step], gap: float
@@ -198,6 +223,7 @@ def _row(group: Group, worth: Tensor, gone: set[int]) -> dict[str, Any]:
     spread = {word: _spread(worth[sorted(units)]) for word, units in (("kept", kept), ("gone", gone)) if units}
     return {
         "layer": group.name, "kind": group.kind, "before": group.units, "after": len(kept), "criterion": spread,
+        "gone": sorted(gone),
         "tied": sorted({path for path, what in group.sides if what != "in" and path != group.name}),
     }  # fmt: skip
 

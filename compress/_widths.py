@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,8 @@ class Costs:
 def steps(groups: Sequence[Group], worth: Sequence[Tensor], costs: Costs, multiple: int, least: float) -> list[Step]:
     """Every step until each group is as narrow as it may be, the best first."""
     orders = [values.argsort().tolist() for values in worth]
-    gone, found = [0] * len(groups), []
+    gone = [0] * len(groups)
+    found: list[Step] = []
     while True:
         best: tuple[float, Step] | None = None
         for index, group in enumerate(groups):
@@ -138,9 +140,9 @@ def _layers(module: nn.Module, inputs: Sequence[Tensor]) -> Iterator[tuple[str, 
     """Convolutions and linear layers, with what one run of the network makes them compute."""
     sizes: dict[nn.Module, int] = {}
 
-    def see(layer: nn.Module, _: object, result: Tensor) -> None:
-        channels = layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
-        sizes[layer] = sizes.get(layer, 0) + result.numel() // int(channels)  # type: ignore[call-overload]
+    def see(layer: Any, _: object, result: Tensor) -> None:
+        channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        sizes[layer] = sizes.get(layer, 0) + result.numel() // int(channels)
 
     found = {path: layer for path, layer in module.named_modules() if isinstance(layer, (nn.Linear, _ConvNd))}
     hooks = [layer.register_forward_hook(see) for layer in found.values()]

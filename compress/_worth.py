@@ -1,9 +1,9 @@
 """What each unit of a group is worth, by several criteria.
 
-``taylor``: with a factor of 1 put on a unit, the loss changes by -∂L/∂factor when the factor becomes 0, to first order
-(Molchanov et al., "Importance estimation for neural network pruning", CVPR 2019); what is squared and averaged over
-batches. ∂L/∂factor is Σ w·∂L/∂w over the weights that read the unit. Without targets the loss is the sum of the outputs
-with random signs, so that the expected square is that of what the outputs change by.
+``taylor``: with a factor on a unit, the outputs change by -∂outputs/∂factor when the factor falls from 1 to 0, to first
+order (Molchanov et al., "Importance estimation for neural network pruning", CVPR 2019). What counts is the expected
+square of that over all outputs. The derivative of the sum of the outputs with random signs has just that expected
+square, so no labels are needed. It is Σ w·∂/∂w over the weights that read the unit.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from edgepack.compress._cutting import IN, Group, depthwise, owner, tensors
-from edgepack.compress._teach import output_index, output_names
 from edgepack.compress._tune_feed import Feed, batch_size
 from edgepack.graph import flatten
-from edgepack.losses import loss_of
 
 if TYPE_CHECKING:
-    from edgepack.compress._tune_feed import Samples
     from edgepack.contracts import Run
     from edgepack.data import Data
     from edgepack.task import Task
@@ -56,7 +53,7 @@ def scales(module: nn.Module, groups: Sequence[Group]) -> list[Tensor | None]:
 
 
 def taylor(module: nn.Module, groups: Sequence[Group], task: Task, run: Run, samples: int) -> list[Tensor]:
-    """The expected square of what the loss, or the outputs, change by when a unit goes."""
+    """The expected square of what the outputs change by when a unit goes, to first order."""
     data = task.training if task.training is not None else task.calibration
     assert data is not None
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(run.seed))[:samples].tolist()
@@ -66,42 +63,33 @@ def taylor(module: nn.Module, groups: Sequence[Group], task: Task, run: Run, sam
     found, count, step = [torch.zeros(group.units) for group in groups], 0, run.progress("weighing channels", len(rows))
     try:
         with torch.enable_grad():
-            for loss, size in _losses(module, task, data, rows, run):
+            for total, size in _sums(module, task, data, rows, run):
                 module.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                found = [total + _slopes(module, group) ** 2 for total, group in zip(found, groups, strict=True)]
+                total.backward()  # type: ignore[no-untyped-call]
+                found = [old + _slopes(module, group) ** 2 for old, group in zip(found, groups, strict=True)]
                 count += size
                 step(size)
     finally:
         module.zero_grad(set_to_none=True)
         for value, before in asked.items():
             value.requires_grad_(before)
-    return [total / count for total in found]
+    return [values / count for values in found]
 
 
-def _losses(module: nn.Module, task: Task, data: Data, rows: list[int], run: Run) -> Iterator[tuple[Tensor, int]]:
-    """The loss, summed over some samples, and their number."""
-    loss, size = loss_of(task), batch_size(task, BATCH)
-    random = torch.Generator().manual_seed(run.seed)
+def _sums(module: nn.Module, task: Task, data: Data, rows: list[int], run: Run) -> Iterator[tuple[Tensor, int]]:
+    """The sum of the outputs for some samples, with random signs, and the number of samples."""
+    size, random = batch_size(task, BATCH), torch.Generator().manual_seed(run.seed)
     feed = Feed(task, data, torch.tensor(rows).numpy(), size, (run.seed,))
     for start in range(0, len(rows), size):
         for batch in data.take(rows[start : start + size]):
-            part: Samples = feed.tensors(batch)
-            result = module(*part.inputs)
-            outputs = flatten(result)
-            if loss is not None and part.targets is not None:
-                index = output_index(output_names(module, result, task), loss.output, "loss")
-                yield loss(outputs[index], part.targets) * part.count, part.count
-            else:
-                signs = [torch.randint(0, 2, one.shape, generator=random) * 2 - 1 for one in outputs]
-                parts = [
-                    (one * sign).sum() for one, sign in zip(outputs, signs, strict=True) if one.is_floating_point()
-                ]
-                yield torch.stack(parts).sum(), part.count
+            part = feed.tensors(batch)
+            outputs = [one for one in flatten(module(*part.inputs)) if one.is_floating_point()]
+            signs = [torch.randint(0, 2, one.shape, generator=random) * 2 - 1 for one in outputs]
+            yield torch.stack([(one * sign).sum() for one, sign in zip(outputs, signs, strict=True)]).sum(), part.count
 
 
 def _slopes(module: nn.Module, group: Group) -> Tensor:
-    """∂L/∂factor of each unit."""
+    """The derivative by a factor on each unit."""
     total = torch.zeros(group.units)
     for side, rows in group.sides.items():
         if side[1] != IN or depthwise(owner(module, side[0])):

@@ -39,10 +39,9 @@ class Prune(Pass):
             One half if no budget is given.
         size_ratio: the same for parameters.
         latency_ratio: the same for measured latency, in every target; or a table target → ratio.
-        criterion: what a channel is worth. ``taylor``: the expected square of what the loss changes by when the channel
-            is taken out, to first order, on the task's data; without targets, of what the outputs change by. ``l1``,
-            ``l2``: magnitude of its weights, over the layer's mean. ``bn-scale``: |γ| of its batch norms. ``taylor`` if
-            nothing is said and there are data, else ``l2``.
+        criterion: what a channel is worth. ``taylor``: the expected square of what the outputs change by when it is
+            taken out, to first order, on the task's data. ``l1``, ``l2``: magnitude of its weights, over the layer's
+            mean. ``bn-scale``: |γ| of its batch norms. ``taylor`` if nothing is said and there are data, else ``l2``.
         samples: of the training data, else of the calibration data, that ``taylor`` looks at.
         multiple: channels stay in multiples of this, as processors like them.
         least: smallest share of a layer's channels, or of its heads, that stays.
