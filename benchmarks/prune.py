@@ -52,8 +52,8 @@ PACKAGES = ("torch", "torch-pruning", "onnxruntime", "openvino", "ai-edge-litert
 IMAGES, MULTIPLE = 20000, 8
 OPTIONS = Prune(macs_ratio=0.4999, multiple=MULTIPLE, samples=1024, targets=())
 TUNE = {
-    "pruned": Tune(epochs=5, lr=0.05, batch=128, norms="train", held_out=0, precision="bfloat16"),
-    "plain": Tune(epochs=5, lr=0.05, batch=128, norms="train", held_out=0, precision="bfloat16", teacher="none"),
+    "pruned": Tune(epochs=4, lr=0.05, batch=128, norms="train", held_out=0, precision="bfloat16"),
+    "plain": Tune(epochs=4, lr=0.05, batch=128, norms="train", held_out=0, precision="bfloat16", teacher="none"),
 }
 
 
@@ -138,7 +138,7 @@ def export(options: argparse.Namespace) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             network = torch.load(stored if stored.exists() else options.work / f"{role}.pt", weights_only=False)
             artifact = write_module(network, task, folder, target)
-            size = sum(file["size_bytes"] for file in artifact.manifest.files.values())
+            size = sum(file.size_bytes for file in artifact.manifest.files.values())
             page.store("size", {"role": role, "target": target, "size_bytes": size}, facts())
             say(f"{role} {target} {size}")
 
