@@ -124,7 +124,7 @@ def score(options: argparse.Namespace) -> None:
     for role in options.roles:
         for name in [role] if role == "original" else [role, f"{role}-trained"]:
             network = module if role == "original" else kept(options, name)
-            row = {"role": name, "samples": len(test), "top1": accuracy(network, test)}
+            row = {"role": name, "samples": len(test), "top1": accuracy(network.eval(), test)}
             say(json.dumps(row))
             page.store("accuracy", row, facts())
 
@@ -182,12 +182,13 @@ def facts() -> dict[str, Any]:
     return {"processor": Host().facts().get("processor", "unknown processor"), "versions": versions(*PACKAGES)}
 
 
-STAGES: Mapping[str, Any] = {"choose": choose, "train": train, "score": score, "export": export, "race": race}
+STAGES: Mapping[str, Any] = {"choose": choose, "train": train, "score": score, "export": export, "race": race,
+                             "document": lambda _: page.rewrite()}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=(*STAGES, "document"))
+    parser.add_argument("stages", nargs="+", choices=tuple(STAGES))
     parser.add_argument("--roles", nargs="+", choices=ROLES, default=ROLES)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
@@ -195,10 +196,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=25.0, help="at most, per race")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.stage == "document":
-        page.rewrite()
-    else:
-        STAGES[options.stage](options)
+    for stage in options.stages:
+        STAGES[stage](options)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from edgepack.errors import require
 from edgepack.graph import flatten
 from edgepack.usercode import sentence
 
-LIMIT = 1e-8  # largest difference over the largest value, in double precision
+DOUBLE, SINGLE = 1e-8, 1e-4  # largest differences over the largest value, by precision
 FAULTS = (RuntimeError, ValueError, IndexError, AssertionError, TypeError, AttributeError, KeyError, ZeroDivisionError)
 
 
@@ -56,6 +56,10 @@ class Survey:
                 found.append(group)
         self._try([group for group in found if self._wanted(group)])
         return self
+
+    def exact(self, cut: Cut) -> bool:
+        """Whether a cut of several groups is the same as weights at 0, as those of each were."""
+        return self._trial.exact(cut)
 
     def _wanted(self, group: Group) -> bool:
         paths = [path for path, what in group.sides if what == OUT]
@@ -110,15 +114,27 @@ class Survey:
 
 @dataclass(frozen=True)
 class Trial:
-    """A network with random weights, so that nothing hides behind a small one."""
+    """A network with random weights, so that nothing hides behind a small one; in double precision if it bears that.
+
+    Attributes:
+        limit: largest difference over the largest value that rounding explains.
+    """
 
     module: nn.Module
     inputs: tuple[Tensor, ...]
+    limit: float
 
     @classmethod
     def of(cls, module: nn.Module, inputs: tuple[Tensor, ...]) -> Trial:
+        random = _random(copy.deepcopy(module))
         double = tuple(one.double() if one.is_floating_point() else one for one in inputs)
-        return cls(_random(copy.deepcopy(module)).double(), double)
+        twin = copy.deepcopy(random).double()
+        try:
+            with torch.no_grad():
+                twin(*double)
+        except FAULTS:
+            return cls(random, inputs, SINGLE)
+        return cls(twin, double, DOUBLE)
 
     def fault(self, groups: Sequence[Group]) -> str | None:
         """What goes wrong when half of each group's units go, None if nothing does."""
@@ -126,12 +142,14 @@ class Trial:
         cuts = [group.cut(torch.randperm(group.units, generator=random)[: max(1, group.units // 2)].tolist())
                 for group in groups]  # fmt: skip
         try:
-            found = difference(self.module, self.inputs, union(cuts))
+            exact = self.exact(union(cuts))
         except FAULTS as error:
             return f"without some of its {groups[0].kind} the network does not run ({sentence(error)})"
-        if found <= LIMIT:
-            return None
-        return f"removing {groups[0].kind} from it is not the same as setting their weights to 0"
+        return None if exact else f"removing {groups[0].kind} from it is not the same as setting their weights to 0"
+
+    def exact(self, cut: Cut) -> bool:
+        """Whether removal is the same as weights at 0."""
+        return difference(self.module, self.inputs, cut) <= self.limit
 
 
 def difference(module: nn.Module, inputs: Sequence[Tensor], cut: Cut, pruned: nn.Module | None = None) -> float:

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from edgepack.measurement import Ratio
     from edgepack.task import Task
 
-EXACT = (
-    1e-5  # largest difference of the pruned network from the original with those weights at 0, over the largest value
-)
+EXACT = 1e-5  # largest difference from the network with those weights at 0, over the largest value
 SHOWN = 3
 FILE = "steps.json"
 HINT = "a larger ratio, a smaller multiple or least, or fewer names in leave"
@@ -43,6 +41,7 @@ class Pruning:
     run_: Run
     groups: list[Group] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    _survey: Survey = field(init=False)
 
     def run(self, module: nn.Module) -> nn.Module:
         before = copy.deepcopy(module)
@@ -54,7 +53,7 @@ class Pruning:
         whole = copy.deepcopy(module)
         narrow(module, cut)
         gap = difference(whole, self.inputs, cut, module)
-        if not gap <= EXACT:
+        if not gap <= EXACT or not self._survey.exact(cut):
             raise Unsupported(
                 f"prune: without its channels {type(module).__name__} differs by {gap:.1e} from itself with their "
                 "weights at 0", "leave = […] keeps layers out; please report which network this is",
@@ -79,8 +78,8 @@ class Pruning:
     def _weigh(self, module: nn.Module) -> list[Tensor]:
         """The groups, and what their units are worth."""
         options = self.options
-        survey = Survey(module, self.inputs, options.layers, options.leave, options.heads).run()
-        self.groups, self.left = survey.groups, survey.left
+        self._survey = Survey(module, self.inputs, options.layers, options.leave, options.heads).run()
+        self.groups, self.left = self._survey.groups, self._survey.left
         for group in list(self.groups):
             if narrowest(group, options.multiple, options.least) == group.units:
                 self.left[group.name] = f"its {group.units} {group.kind} are as few as multiple and least allow"

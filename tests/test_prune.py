@@ -21,7 +21,7 @@ from _pruning import gap, prune, rows, shaken  # noqa: E402
 from edgepack import errors  # noqa: E402
 from edgepack.artifact import Artifact  # noqa: E402
 from edgepack.compress import _channels  # noqa: E402
-from edgepack.compress._channels import LIMIT, Survey, Trial, difference  # noqa: E402
+from edgepack.compress._channels import DOUBLE, SINGLE, Survey, Trial, difference  # noqa: E402
 from edgepack.compress._cutting import IN, OUT, Group, mask, remove, width  # noqa: E402
 from edgepack.compress._macs import macs  # noqa: E402
 from edgepack.compress._pruning import verdict  # noqa: E402
@@ -322,7 +322,8 @@ def test_a_trial_sees_a_wrong_pairing() -> None:
     assert trial.fault([wrong]) == "removing channels from it is not the same as setting their weights to 0"
     short = Group("0", {("0", OUT): [[i] for i in range(16)]})
     assert "the network does not run" in str(trial.fault([short]))
-    assert difference(module, inputs, right.cut([3, 5])) < 1e-6 < LIMIT * 1e3
+    assert trial.limit == DOUBLE
+    assert difference(module, inputs, right.cut([3, 5])) < 1e-6
 
 
 def test_a_small_layer_scale_hides_nothing() -> None:
@@ -338,6 +339,28 @@ def test_a_small_layer_scale_hides_nothing() -> None:
 
     wrong = Group("a", {("a", OUT): [[i] for i in range(16)], ("b", IN): [[15 - i] for i in range(16)]})
     assert Trial.of(Scaled().eval(), (torch.randn(2, 8),)).fault([wrong]) is not None
+
+
+def test_a_network_that_bears_single_precision_only(tmp_path: Path) -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x).float()))  # type: ignore[no-any-return]
+
+    module = Single().eval()
+    assert Trial.of(module, (torch.randn(2, 3, 12, 12),)).limit == SINGLE
+    found, run = prune(module, tmp_path, TASK)
+    assert rows(run)["a"]["after"] == 16
+    assert gap(module, found, run, TASK) <= 1e-5
+
+
+def test_groups_that_do_not_go_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Survey, "exact", lambda *_: False)
+    with pytest.raises(Unsupported, match=r"prune: without its channels Residual differs by .* at 0\n  leave = \[…\]"):
+        prune(net(), tmp_path, TASK)
 
 
 @settings(max_examples=25, deadline=None)
