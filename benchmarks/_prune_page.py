@@ -97,7 +97,8 @@ def _race(stored: Row) -> Iterator[str]:
     yield ""
     yield (
         "Whole networks, float32, one thread, one image, the three networks interleaved; *× as fast* as the original "
-        "with the 95 % interval. The even halves are faster at as many multiply-accumulates."
+        "with the 95 % interval. The even halves are faster at as many multiply-accumulates. The "
+        "files hold the weights from before training, of which these times do not depend."
     )
     yield ""
     yield "| network | engine | × as fast [95 %] | ms original → pruned | file, of the original's |"

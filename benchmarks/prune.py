@@ -122,7 +122,7 @@ def score(options: argparse.Namespace) -> None:
     module, task = load(options.data)
     test = open_data({"data": "cifar10_test.npz"}, task.inputs, options.data)
     for role in options.roles:
-        for name in [role] if role == "original" else [role, f"{role}-trained"]:
+        for name in [role] if role == "original" else [*([role] if options.untrained else []), f"{role}-trained"]:
             network = module if role == "original" else kept(options, name)
             row = {"role": name, "samples": len(test), "top1": accuracy(network.eval(), test)}
             say(json.dumps(row))
@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "prune", help="networks, trained and raced")
+    parser.add_argument("--untrained", action="store_true", help="score networks before training too")
     parser.add_argument("--seconds", type=float, default=25.0, help="at most, per race")
     options = parser.parse_args()
     torch.set_num_threads(1)
