@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,11 +17,46 @@ from edgepack.compress._cutting import IN, depthwise, union
 from edgepack.compress._heads import rewrite
 from edgepack.compress.prune import Prune
 from edgepack.compressing import PassRun
+from edgepack.data import Arrays
 from edgepack.graph import flatten
 from edgepack.plan import Plan
 from edgepack.progress import Silent
-from edgepack.task import Task
+from edgepack.task import Input, Task
 from edgepack.tracing import example_inputs
+
+ITEM = Input("x", (1, 3, 12, 12))
+TASK = Task((ITEM,))
+ONE = torch.zeros(1, 3, 12, 12)
+
+
+class Residual(nn.Module):
+    """A stem, a block with a shortcut and a depthwise layer, two branches side by side, a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.wide, self.deep = nn.Conv2d(16, 32, 1), nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.thin = nn.Conv2d(32, 16, 1)
+        self.left, self.right = nn.Conv2d(16, 16, 3, 2), nn.Conv2d(16, 24, 3, 2)
+        self.act, self.out = nn.PReLU(40), nn.Linear(40 * 4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = x + self.thin(torch.relu(self.deep(self.wide(x))))
+        x = self.act(torch.cat([self.left(x), self.right(x)], 1))
+        return self.out(torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return shaken(Residual())
+
+
+def data(count: int = 64) -> Arrays:
+    random = np.random.default_rng(0)
+    return Arrays(
+        (ITEM,), {"x": random.normal(size=(count, 12, 12, 3)).astype(np.float32)}, random.integers(0, 5, count)
+    )
 
 
 def prune(module: nn.Module, folder: Path, task: Task, **options: Any) -> tuple[nn.Module, PassRun]:

@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
@@ -17,9 +16,8 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from _pruning import gap, prune, rows, shaken  # noqa: E402
+from _pruning import ITEM, ONE, TASK, Residual, data, gap, net, prune, rows  # noqa: E402
 from edgepack import errors  # noqa: E402
-from edgepack.artifact import Artifact  # noqa: E402
 from edgepack.compress import _channels  # noqa: E402
 from edgepack.compress._channels import DOUBLE, SINGLE, Survey, Trial, difference  # noqa: E402
 from edgepack.compress._cutting import IN, OUT, Group, mask, remove, width  # noqa: E402
@@ -29,52 +27,14 @@ from edgepack.compress._tune import Tune  # noqa: E402
 from edgepack.compress._widths import Costs, enough, narrowest, steps  # noqa: E402
 from edgepack.compress._worth import magnitudes, scales, taylor  # noqa: E402
 from edgepack.compress.prune import Prune  # noqa: E402
-from edgepack.compressing import PassRun, compress  # noqa: E402
-from edgepack.contracts import Exporter, Pass  # noqa: E402
-from edgepack.data import Arrays  # noqa: E402
+from edgepack.compressing import PassRun  # noqa: E402
+from edgepack.contracts import Pass  # noqa: E402
 from edgepack.errors import BudgetError, InputError, MissingExtra, Unsupported  # noqa: E402
-from edgepack.exporting import export  # noqa: E402
 from edgepack.measurement import Ratio  # noqa: E402
-from edgepack.parts import find  # noqa: E402
 from edgepack.plan import Plan  # noqa: E402
-from edgepack.profiling import write_module  # noqa: E402
 from edgepack.progress import Silent  # noqa: E402
 from edgepack.recipe import build  # noqa: E402
-from edgepack.task import Input, Task  # noqa: E402
-
-ITEM = Input("x", (1, 3, 12, 12))
-TASK = Task((ITEM,))
-ONE = torch.zeros(1, 3, 12, 12)
-
-
-class Residual(nn.Module):
-    """A stem, a block with a shortcut and a depthwise layer, two branches side by side, a classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-        self.wide, self.deep = nn.Conv2d(16, 32, 1), nn.Conv2d(32, 32, 3, padding=1, groups=32)
-        self.thin = nn.Conv2d(32, 16, 1)
-        self.left, self.right = nn.Conv2d(16, 16, 3, 2), nn.Conv2d(16, 24, 3, 2)
-        self.act, self.out = nn.PReLU(40), nn.Linear(40 * 4, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.stem(x)))
-        x = x + self.thin(torch.relu(self.deep(self.wide(x))))
-        x = self.act(torch.cat([self.left(x), self.right(x)], 1))
-        return self.out(torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return shaken(Residual())
-
-
-def data(count: int = 64) -> Arrays:
-    random = np.random.default_rng(0)
-    return Arrays(
-        (ITEM,), {"x": random.normal(size=(count, 12, 12, 3)).astype(np.float32)}, random.integers(0, 5, count)
-    )
+from edgepack.task import Task  # noqa: E402
 
 
 def groups_of(module: nn.Module) -> list[Group]:
@@ -479,46 +439,3 @@ def test_half_the_macs_if_no_budget_is_given() -> None:
     assert item.macs_ratio == 0.5
     assert item.tune == Tune(epochs=3)
     assert build(Pass, {"use": "prune", "size_ratio": 0.5}).macs_ratio is None  # type: ignore[attr-defined]
-
-
-def numbers_in(file: Path) -> int:
-    """Of all constants of an ONNX file."""
-    onnx = pytest.importorskip("onnx", reason="pip install 'edgepack[onnx]'")
-    return sum(math.prod(item.dims) for item in onnx.load(file).graph.initializer)
-
-
-def test_parameters_in_the_file_fall(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript", reason="pip install 'edgepack[onnx]'")
-    found, run = prune(net(), tmp_path, TASK, size_ratio=0.5)
-    write_module(found, TASK, tmp_path / "out", "onnx")
-    assert numbers_in(tmp_path / "out" / "model.onnx") <= 0.51 * run.findings["channels"]["parameters"][0]
-
-
-@pytest.mark.slow
-def test_between_fold_and_quantize_down_to_the_file(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript", reason="pip install 'edgepack[onnx]'")
-    pytest.importorskip("onnxruntime", reason="pip install 'edgepack[onnx-run]'")
-    task = Task((ITEM,), calibration=data(16))
-    fold, quantize = build(Pass, {"use": "fold"}), build(Pass, {"use": "quantize", "explain": False})
-    compress(net(), task, [fold, quantize], tmp_path / "dense", Silent())
-    found = compress(net(), task, [fold, Prune(targets=(), size_ratio=0.5), quantize], tmp_path / "pruned", Silent())
-    history = found.manifest.history
-    assert [entry["part"] for entry in history] == ["fold", "prune", "quantize"]
-    assert history[1]["after"]["values"] <= 0.5 * history[1]["before"]["values"]
-    for name in ("dense", "pruned"):
-        export(tmp_path / name, [find(Exporter, "onnx")()], Silent())  # checked against its simulation
-    sizes = [numbers_in(tmp_path / name / "onnx" / "model.onnx") for name in ("dense", "pruned")]
-    assert sizes[1] < 0.6 * sizes[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("format", ["openvino", "tflite"])
-def test_other_files_become_smaller_too(tmp_path: Path, format: str) -> None:
-    for package in {"openvino": ("openvino",), "tflite": ("litert_torch", "ai_edge_litert")}[format]:
-        pytest.importorskip(package, reason=f"pip install 'edgepack[{format}]'")
-    sizes = []
-    for name, passes in (("dense", []), ("pruned", [Prune(targets=(), size_ratio=0.5)])):
-        compress(net(), TASK, passes, tmp_path / name, Silent())
-        export(tmp_path / name, [find(Exporter, format)()], Silent())
-        sizes.append(sum(Artifact.open(tmp_path / name / format).manifest.census["weight_bytes"].values()))
-    assert sizes[1] < 0.6 * sizes[0]
