@@ -1,0 +1,141 @@
+"""The results of ``prune.py``: stored as JSON, shown as ``docs/prune.md``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgepack.artifact import write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+STORED = ROOT / "benchmarks" / "results" / "prune.json"
+DOCUMENT = ROOT / "docs" / "prune.md"
+NAMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "tflite": "LiteRT"}
+ROLES = {"original": "original", "pruned": "`prune`, with its teacher", "plain": "Torch-Pruning, plain fine-tuning"}
+Row = Mapping[str, Any]
+
+
+def store(stage: str, row: Row, facts: Row) -> None:
+    """Put a row in place of that of the same role and target, and write the page."""
+    stored: dict[str, Any] = json.loads(STORED.read_text(encoding="utf-8")) if STORED.exists() else {}
+    same = [name for name in ("role", "target") if name in row]
+    old = [item for item in stored.get(stage, []) if any(item[name] != row[name] for name in same)]
+    stored[stage] = sorted([*old, row], key=lambda item: [item[name] for name in same])
+    stored["facts"] = facts
+    write_text(STORED, json.dumps(stored, indent=1, allow_nan=False) + "\n")
+    rewrite()
+
+
+def rewrite() -> None:
+    write_text(DOCUMENT, document(json.loads(STORED.read_text(encoding="utf-8"))))
+
+
+def document(stored: Row) -> str:
+    return "\n".join(_lines(stored)) + "\n"
+
+
+def _lines(stored: Row) -> Iterator[str]:
+    yield "# Fewer channels: `prune`"
+    yield ""
+    yield (
+        "Written by `python benchmarks/prune.py` from `benchmarks/results/prune.json`; do not edit. ResNet-32 on "
+        "CIFAR-10. Its shortcuts slice and pad channels, so that only the widths inside its blocks can go; `prune` "
+        "finds that out by itself, Torch-Pruning is told. Both leave multiples of 8 channels."
+    )
+    yield ""
+    yield from _accuracy(stored)
+    if stored.get("race"):
+        yield ""
+        yield from _race(stored)
+    yield ""
+    yield from _choice(stored)
+    yield ""
+    named = ", ".join(f"{name} {version}" for name, version in stored["facts"]["versions"].items())
+    yield f"{stored['facts']['processor']}; {named}."
+
+
+def _accuracy(stored: Row) -> Iterator[str]:
+    yield "## Accuracy"
+    yield ""
+    scores = {row["role"]: row for row in stored.get("accuracy", [])}
+    trainings = {row["role"]: row for row in stored.get("training", [])}
+    yield (
+        "Top-1 on all 10,000 test images. None of them took part in a choice: channels were chosen on training images, "
+        "learning rate and criterion by short trainings on 5,000 to 8,000 of those, and the last epoch was taken. Both "
+        "trainings have as many steps, images and rates (SGD, cosine, bfloat16, batch norms in training mode); they "
+        "differ in what is learned from: the original's answers and labels, or labels alone."
+    )
+    yield ""
+    yield "| network | MACs | parameters | not trained | trained | lost | training |"
+    yield "| --- " * 7 + "|"
+    original = scores.get("original")
+    for role in ("pruned", "plain"):
+        choice = next(row for row in stored["choice"] if row["role"] == role)
+        before, after = scores.get(role), scores.get(f"{role}-trained")
+        lost = f"{100 * (original['top1'] - after['top1']):.2f} points" if original and after else "not run"
+        shares = [f"{choice[name][1] / choice[name][0]:.3f}" for name in ("macs", "parameters")]
+        yield (
+            f"| {ROLES[role]} | {' | '.join(shares)} | {_percent(before)} | {_percent(after)} | {lost} "
+            f"| {_training(trainings.get(role))} |"
+        )
+    yield ""
+    yield f"The original has {_percent(original)}."
+
+
+def _percent(row: Row | None) -> str:
+    return "not run" if row is None else f"{100 * row['top1']:.2f} %"
+
+
+def _training(row: Row | None) -> str:
+    return "not run" if row is None else f"{row['settings']['epochs']} epochs of {row['images']:,} images"
+
+
+def _race(stored: Row) -> Iterator[str]:
+    yield "## Latency"
+    yield ""
+    yield (
+        "Whole networks, float32, one thread, one image, the three networks interleaved; *× as fast* as the original "
+        "with the 95 % interval. The even halves are faster at as many multiply-accumulates. The "
+        "files hold the weights from before training, of which these times do not depend."
+    )
+    yield ""
+    yield "| network | engine | × as fast [95 %] | ms original → pruned | file, of the original's |"
+    yield "| --- " * 5 + "|"
+    sizes = {(row["role"], row["target"]): row["size_bytes"] for row in stored["size"]}
+    for row in stored["race"]:
+        ratio, key = row["ratio"], (row["role"], row["target"])
+        faster = f"{1 / ratio['value']:.3f} [{1 / ratio['high']:.3f}, {1 / ratio['low']:.3f}]"
+        yield (
+            f"| {ROLES[row['role']]} | {NAMES[row['target']]} | {faster} | {row['ms'][0]:.3f} → {row['ms'][1]:.3f} "
+            f"| {sizes[key] / sizes['original', row['target']]:.3f} |"
+        )
+
+
+def _choice(stored: Row) -> Iterator[str]:
+    choices = {row["role"]: row for row in stored["choice"]}
+    pruned = choices["pruned"]
+    yield "## Layer by layer"
+    yield ""
+    yield (
+        f"What a channel is worth ({pruned['criterion']}): the expected square of what the outputs change by without "
+        f"it. Before training the pruned network differs by {pruned['difference']:.0e} of the largest output from the "
+        "original with the weights of the same channels at 0."
+    )
+    yield ""
+    yield "| layer | channels | `prune` | Torch-Pruning | worth of those that stay | of those that go |"
+    yield "| --- " * 6 + "|"
+    for row in pruned["layers"]:
+        spread = [_spread(row["criterion"].get(word)) for word in ("kept", "gone")]
+        yield (f"| {row['layer']} | {row['before']} | {row['after']} | {choices['plain']['widths'][row['layer']]} "
+               f"| {' | '.join(spread)} |")  # fmt: skip
+    yield ""
+    yield "Left as they are:"
+    yield ""
+    for name, why in pruned["left"].items():
+        yield f"- `{name}`: {why}"
+
+
+def _spread(row: Row | None) -> str:
+    return "–" if row is None else f"{row['least']:.3g} … {row['most']:.3g}"
