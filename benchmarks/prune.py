@@ -52,8 +52,8 @@ PACKAGES = ("torch", "torch-pruning", "onnxruntime", "openvino", "ai-edge-litert
 IMAGES, MULTIPLE = 20000, 8
 OPTIONS = Prune(macs_ratio=0.4999, multiple=MULTIPLE, samples=1024, targets=())
 TUNE = {
-    "pruned": Tune(epochs=4, lr=0.05, batch=128, norms="train", held_out=0, precision="bfloat16"),
-    "plain": Tune(epochs=4, lr=0.05, batch=128, norms="train", held_out=0, precision="bfloat16", teacher="none"),
+    "pruned": Tune(epochs=11, lr=0.05, batch=128, norms="train", held_out=0, precision="bfloat16"),
+    "plain": Tune(epochs=11, lr=0.05, batch=128, norms="train", held_out=0, precision="bfloat16", teacher="none"),
 }
 
 
