@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from edgepack import parts
 from edgepack.compress._tune import Tune
 from edgepack.contracts import Pass, Run
 from edgepack.errors import InputError, nearest
@@ -144,9 +145,7 @@ class Factorize(Pass):
     @property
     def then(self) -> tuple[Pass, ...]:
         """What networks go through before they are timed."""
-        from edgepack.compress.quantize import Quantize
-
-        return (Quantize(explain=False),) if self.precision == "int8" else ()
+        return (parts.find(Pass, "quantize")(explain=False),) if self.precision == "int8" else ()
 
     def latency_limit(self, target: str) -> float | None:
         """The budget in one target."""

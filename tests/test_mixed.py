@@ -19,7 +19,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from _networks import Chain  # noqa: E402
 from _samples import Samples  # noqa: E402
-from edgepack import reporting  # noqa: E402
+from edgepack._findings import findings  # noqa: E402
 from edgepack.artifact import Artifact  # noqa: E402
 from edgepack.compress._grid import round_to, top, weight_scale  # noqa: E402
 from edgepack.compress._programme import choose, total  # noqa: E402
@@ -191,7 +191,7 @@ def test_files_take_what_was_promised_in_bytes(tmp_path: Path) -> None:
 def test_the_report_shows_the_table(tmp_path: Path) -> None:
     compress(Chain(), task(), [Quantize(size_ratio=0.25, explain=False)], tmp_path, Silent())
     compressed = Artifact.open(tmp_path / "compressed")
-    view = reporting._mixed({"manifest": {"history": compressed.manifest.history}})
+    view = findings({"manifest": {"history": compressed.manifest.history}})["mixed"]
     assert view is not None
     assert view["widths"] == ["8", "4"]
     assert [row["chosen"] for row in view["table"]].count(True) <= 1
