@@ -145,7 +145,8 @@ class Factorize(Pass):
     @property
     def then(self) -> tuple[Pass, ...]:
         """What networks go through before they are timed."""
-        return (parts.find(Pass, "quantize")(explain=False),) if self.precision == "int8" else ()
+        plainly = {"explain": False}
+        return (parts.find(Pass, "quantize")(**plainly),) if self.precision == "int8" else ()
 
     def latency_limit(self, target: str) -> float | None:
         """The budget in one target."""
