@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edgepack.compress._channels import Survey
-from edgepack.compress._cutting import IN, depthwise, union
+from edgepack.compress._cutting import IN, Group, depthwise, union
 from edgepack.compress._heads import rewrite
 from edgepack.compress.prune import Prune
 from edgepack.compressing import PassRun
@@ -115,3 +115,7 @@ def shaken(module: nn.Module) -> nn.Module:
             elif name.endswith(("gamma", "layer_scale", "pos_embed", "pos_embedding", "token")):
                 value.normal_(0, 1, generator=generator)
     return module.eval()
+
+
+def groups_of(module: nn.Module) -> list[Group]:
+    return Survey(module, (torch.randn(2, 3, 12, 12),), (), (), True).run().groups

@@ -7,59 +7,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
-from edgepack import losses, metrics  # noqa: E402
+from _tuning import ITEM, accuracy, images, job, net, shaken, task, taught  # noqa: E402
+from edgepack import losses  # noqa: E402
 from edgepack.compress._tune import Hold, Tune, tune  # noqa: E402
 from edgepack.compress._tune_hold import Grid, masked, on_grids  # noqa: E402
-from edgepack.compressing import PassRun  # noqa: E402
-from edgepack.data import Arrays  # noqa: E402
-from edgepack.errors import InputError, Unsupported  # noqa: E402
-from edgepack.plan import Plan  # noqa: E402
-from edgepack.progress import Silent  # noqa: E402
-from edgepack.task import Input, Task  # noqa: E402
-
-ITEM = Input("x", (1, 3, 8, 8), scale=255, mean=(0.5,), std=(0.25,))
-
-
-def net(width: int = 8, classes: int = 4) -> nn.Module:
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width, classes)).eval()
-
-
-def images(count: int, seed: int = 0, labels: bool = True) -> Arrays:
-    """Dark noise with a bright quarter that says the class."""
-    random = np.random.default_rng(seed)
-    y = random.integers(0, 4, count)
-    x = random.integers(0, 140, (count, 8, 8, 3), dtype=np.uint8)
-    for image, quarter in zip(x, y, strict=True):
-        image[4 * (quarter // 2) :, 4 * (quarter % 2) :][:4, :4] += 60
-    return Arrays((ITEM,), {"x": x}, y if labels else None)
-
-
-def task(labels: bool = True, count: int = 256, **options: Any) -> Task:
-    top1 = metrics.find("top1", Path())
-    return Task((ITEM,), training=images(count, 0, labels), evaluation=images(200, 1), metric=top1, **options)
-
-
-def job(folder: Path, original: nn.Module, of: Task, seed: int = 0) -> PassRun:
-    return PassRun(folder, seed, Plan(), Silent(), original, of)
+from edgepack.errors import InputError  # noqa: E402
+from edgepack.task import Task  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
-    """A network that knows the task, taught by labels alone."""
-    module, of = net(), task()
-    run = job(tmp_path_factory.mktemp("teacher"), module, of)
-    tune(module, of, run, Tune(epochs=6, lr=0.1, teacher="none", held_out=0, batch=32))
-    assert accuracy(module, of) > 0.95
-    return module
+    return taught(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.mark.parametrize("features", [(), ("3",)])
@@ -81,24 +45,6 @@ def test_bfloat16_computes_layers_in_it_and_everything_else_in_float(
     assert seen["float32"] == {(True, torch.float32), (False, torch.float32)}
     assert scores["bfloat16"] == pytest.approx(scores["float32"], abs=0.05)
     assert scores["bfloat16"] > 0.8
-
-
-def accuracy(module: nn.Module, of: Task) -> float:
-    (batch,) = of.evaluation.batches(1000)
-    with torch.no_grad():
-        found = module(torch.from_numpy(batch.inputs["x"])).argmax(1).numpy()
-    return float((found == batch.targets).mean())
-
-
-def shaken(module: nn.Module, amount: float = 0.5) -> nn.Module:
-    """A copy that was spoiled."""
-    import copy
-
-    copied = copy.deepcopy(module)
-    torch.manual_seed(1)
-    for value in copied.parameters():
-        value.data += amount * value.data.std(correction=0) * torch.randn_like(value)
-    return copied
 
 
 @pytest.mark.parametrize("labels", [True, False])
@@ -263,54 +209,6 @@ def test_frozen_parameters_stay(tmp_path: Path, teacher: nn.Module) -> None:
     assert module[5].weight.requires_grad
 
 
-def test_stops_without_a_better_epoch_and_keeps_the_best(tmp_path: Path, teacher: nn.Module) -> None:
-    module = shaken(teacher, 0)
-    before = {key: value.clone() for key, value in module.state_dict().items()}
-    of = replace(task(), training=Arrays((ITEM,), images(256).raw, (images(256).targets + 1) % 4))  # wrong labels
-    run = job(tmp_path, teacher, of)
-    tune(module, of, run, Tune(epochs=9, lr=0.1, batch=16, patience=2, teacher="none"))
-    assert run.findings["tune"]["ended"] == "no better epoch"
-    assert run.findings["tune"]["kept"] == 0
-    assert len(run.findings["tune"]["epochs"]) == 3
-    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
-
-
-def test_a_time_budget_ends_it(tmp_path: Path, teacher: nn.Module) -> None:
-    run = job(tmp_path, teacher, task())
-    tune(shaken(teacher), task(), run, Tune(epochs=1000, batch=32, minutes=1e-9))
-    assert run.findings["tune"]["ended"] == "the time budget"
-    assert run.findings["tune"]["epochs"][-1]["steps"] == 1
-
-
-def test_without_evaluation_data_training_samples_are_held_out(tmp_path: Path, teacher: nn.Module) -> None:
-    of = Task((ITEM,), training=images(400, labels=False))
-    run = job(tmp_path, teacher, of)
-    tune(shaken(teacher), of, run, Tune(epochs=1, batch=30))
-    found = run.findings["tune"]
-    assert (found["report"]["metric"], found["report"]["samples"]) == ("loss", 20)
-    assert found["epochs"][1]["steps"] == (400 - 40) // 30
-    assert "loss" in run.notes[-1]
-
-
-def test_epochs_are_chosen_by_the_loss_where_the_samples_were_learnt_from(tmp_path: Path, teacher: nn.Module) -> None:
-    of = replace(task(count=400), evaluation=None)
-    run = job(tmp_path, teacher, of)
-    tune(shaken(teacher), of, run, Tune(epochs=3, batch=32))
-    found = run.findings["tune"]
-    choices = [row["choice"] for row in found["epochs"]]
-    assert found["report"]["metric"] == "top1"
-    assert max(choices) < 0  # losses
-    assert found["kept"] == max(range(4), key=lambda epoch: choices[epoch])
-    assert min(choices) < max(choices)
-
-
-def test_agreement_is_judged_against_the_original(tmp_path: Path, teacher: nn.Module) -> None:
-    of = replace(task(labels=False), metric=metrics.find("agreement", Path()))
-    run = job(tmp_path, teacher, of)
-    tune(shaken(teacher, 1.5), of, run, Tune(epochs=2, batch=32))
-    assert run.findings["tune"]["report"]["value"] > 0.9
-
-
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(tmp_path: Path, teacher: nn.Module) -> None:
     found = []
     of = replace(task(), augment="crop-flip")
@@ -327,69 +225,6 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(tmp_path: Pat
         found.append(module[0].weight)
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
-
-
-class Upscale(nn.Module):
-    """Twice the size, with a picture and a number as answers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 12, 3, padding=1))
-
-    def forward(self, x: Any) -> dict[str, Any]:
-        wide = F.interpolate(x, scale_factor=2, mode="nearest")
-        return {"mean": x.mean((1, 2, 3)), "picture": wide + F.pixel_shuffle(self.body(x), 2)}
-
-
-def psnr_of(module: nn.Module, of: Task) -> float:
-    (batch,) = of.evaluation.batches(1000)
-    with torch.no_grad():
-        found = module(torch.from_numpy(batch.inputs["x"]))["picture"].numpy()
-    return float(np.mean(10 * np.log10(1 / np.square(found - batch.targets).mean((1, 2, 3)))))
-
-
-@pytest.mark.parametrize("labels", [True, False])
-def test_super_resolution_with_psnr(tmp_path: Path, labels: bool) -> None:
-    random = np.random.default_rng(0)
-    fine = random.random((96, 3, 5, 5), dtype=np.float32).repeat(4, 2).repeat(4, 3)[..., 2:18, 1:17]
-    coarse = fine.reshape(96, 3, 8, 2, 8, 2).mean((3, 5))
-    item = Input("x", (1, 3, 8, 8))
-    whole = [
-        Arrays((item,), {"x": coarse[rows].transpose(0, 2, 3, 1)}, fine[rows]) for rows in (slice(64), slice(64, 96))
-    ]
-    psnr = metrics.find({"use": "psnr", "output": "picture"}, Path())
-    of = Task((item,), training=whole[0], evaluation=whole[1], metric=psnr, augment="flip")
-    torch.manual_seed(0)
-    original = Upscale()
-    adam = {"optimizer": "adamw", "lr": 3e-3, "batch": 8}
-    run = job(tmp_path / "teacher", original, of)
-    tune(original, of, run, Tune(epochs=8, teacher="none", held_out=0, **adam))
-    module = shaken(original, 1)
-    run = job(tmp_path / "student", original, of)
-    tune(module, of, run, Tune(epochs=4, labels=labels, **adam))
-    report, before = run.findings["tune"]["report"], run.findings["tune"]["epochs"][0]["report"]["value"]
-    assert report["metric"] == "psnr"
-    assert report["value"] - before > 0.5 * (psnr_of(original, of) - before)
-
-
-class Vector(nn.Module):
-    """Views the memory of an image as a vector, which it can only be in one layout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 64, 4)
-
-    def forward(self, x: Any) -> Any:
-        return self.head(self.conv(x).view(len(x), -1))
-
-
-def test_networks_that_bear_one_layout_only(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    module = Vector()
-    run = job(tmp_path, module, task())
-    tune(module, task(), run, Tune(epochs=1, teacher="none"))
-    assert module.conv.weight.is_contiguous()
-    assert run.findings["tune"]["kept"] == 1
 
 
 @dataclass(frozen=True)
@@ -413,13 +248,6 @@ class Refusal:
 def test_refusals(tmp_path: Path, teacher: nn.Module, case: Refusal) -> None:
     with pytest.raises(InputError, match=case.text.replace(".", r"\.")):
         tune(shaken(teacher), case.of, job(tmp_path, teacher, case.of), Tune(**case.options))
-
-
-def test_an_input_without_a_batch_axis(tmp_path: Path) -> None:
-    item = Input("p", (5, 2), dynamic=())
-    of = Task((item,), training=Arrays((item,), {"p": np.zeros((9, 5, 2), np.float32)}, None, True))
-    with pytest.raises(Unsupported, match=r"input 'p' \[5, 2\] has no batch axis"):
-        tune(nn.Linear(2, 2), of, job(tmp_path, nn.Linear(2, 2), of), Tune())
 
 
 def test_a_teacher_for_another_task(tmp_path: Path) -> None:
