@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from edgepack.artifact import write_text
+from _stored import Results, Row
 
-ROOT = Path(__file__).resolve().parent.parent
-STORED = ROOT / "benchmarks" / "results" / "binary.json"
-DOCUMENT = ROOT / "docs" / "binary.md"
 LEVELS = {2: "AVX-512", 1: "AVX2"}
 MODELS = {2: "avx512", 1: "avx2"}
 NAMES = {"float": "float", "plain": "binary", "tree": "binary, tree term"}
-Row = Mapping[str, Any]
-
-
-def store(key: str, value: Any, facts: Row) -> None:
-    stored: dict[str, Any] = json.loads(STORED.read_text(encoding="utf-8")) if STORED.exists() else {}
-    stored |= {key: value, "facts": facts}
-    write_text(STORED, json.dumps(stored, indent=1, allow_nan=False) + "\n")
-    rewrite()
-
-
-def rewrite() -> None:
-    write_text(DOCUMENT, document(json.loads(STORED.read_text(encoding="utf-8"))))
 
 
 def document(stored: Row) -> str:
@@ -159,3 +141,6 @@ def _kernels(rows: Sequence[Row]) -> Iterator[str]:
     heads = ["layer", "tree density", "level", "pack µs", "XNOR µs", "tree µs", "XNOR ÷ tree", "chosen",
              "ONNX Runtime float32 / int8 ÷ (pack + XNOR)"]  # fmt: skip
     yield _table(heads, cells())
+
+
+RESULTS = Results.of("binary", document)

@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
-from edgepack.artifact import write_text
+from _stored import Results, Row
 
-ROOT = Path(__file__).resolve().parent.parent
-STORED = ROOT / "benchmarks" / "results" / "prune.json"
-DOCUMENT = ROOT / "docs" / "prune.md"
 NAMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "tflite": "LiteRT"}
 ROLES = {"original": "original", "pruned": "`prune`, with its teacher", "plain": "Torch-Pruning, plain fine-tuning"}
-Row = Mapping[str, Any]
-
-
-def store(stage: str, row: Row, facts: Row) -> None:
-    """Put a row in place of that of the same role and target, and write the page."""
-    stored: dict[str, Any] = json.loads(STORED.read_text(encoding="utf-8")) if STORED.exists() else {}
-    same = [name for name in ("role", "target") if name in row]
-    old = [item for item in stored.get(stage, []) if any(item[name] != row[name] for name in same)]
-    stored[stage] = sorted([*old, row], key=lambda item: [item[name] for name in same])
-    stored["facts"] = facts
-    write_text(STORED, json.dumps(stored, indent=1, allow_nan=False) + "\n")
-    rewrite()
-
-
-def rewrite() -> None:
-    write_text(DOCUMENT, document(json.loads(STORED.read_text(encoding="utf-8"))))
 
 
 def document(stored: Row) -> str:
@@ -139,3 +117,6 @@ def _choice(stored: Row) -> Iterator[str]:
 
 def _spread(row: Row | None) -> str:
     return "–" if row is None else f"{row['least']:.3g} … {row['most']:.3g}"
+
+
+RESULTS = Results.of("prune", document, "role", "target")

@@ -2,31 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
-from edgepack.artifact import write_text
-
-ROOT = Path(__file__).resolve().parent.parent
-STORED = ROOT / "benchmarks" / "results" / "sparsify.json"
-DOCUMENT = ROOT / "docs" / "sparsify.md"
-Row = Mapping[str, Any]
-
-
-def store(stage: str, row: Row, facts: Row) -> None:
-    """Put a row in place of that of the same name, and write the page."""
-    stored: dict[str, Any] = json.loads(STORED.read_text(encoding="utf-8")) if STORED.exists() else {}
-    old = [item for item in stored.get(stage, []) if item["row"] != row["row"]]
-    stored[stage] = sorted([*old, row], key=lambda item: item["row"])
-    stored["facts"] = facts
-    write_text(STORED, json.dumps(stored, indent=1, allow_nan=False) + "\n")
-    rewrite()
-
-
-def rewrite() -> None:
-    write_text(DOCUMENT, document(json.loads(STORED.read_text(encoding="utf-8"))))
+from _stored import Results, Row
 
 
 def document(stored: Row) -> str:
@@ -141,3 +119,6 @@ def _race(rows: list[Row]) -> Iterator[str]:
             f"| {row['target']} | {row['network']} | {row['ms'][0]:.3f} | {row['ms'][1]:.3f} "
             f"| {ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] | {word} |"
         )
+
+
+RESULTS = Results.of("sparsify", document, "row")

@@ -125,7 +125,7 @@ def train(options: argparse.Namespace) -> None:
         kept = {key: row[key] for key in ("settings", "seconds", "trees", "mst_weight", "mst_density") if key in row}
         rows[name] = {"network": name, "accuracy": row["accuracy"], "samples": 3000, **kept}
         known.write_text(json.dumps(rows))
-        page.store("networks", list(rows.values()), facts())
+        page.RESULTS.put("networks", list(rows.values()), facts())
         sys.stdout.write(f"{name}: {row['accuracy']:.4f}\n{row.get('trees', '')}\n")
         sys.stdout.flush()
 
@@ -160,7 +160,7 @@ def project(options: argparse.Namespace) -> None:
                      "bits": total["stored_bits"] / total["weights"],
                      "saved": total["dense_operations"] / total["tree_operations"]})  # fmt: skip
         sys.stdout.write(f"{rows[-1]}\n")
-    page.store("projected", rows, facts())
+    page.RESULTS.put("projected", rows, facts())
 
 
 def export_all(options: argparse.Namespace) -> None:
@@ -195,7 +195,7 @@ def race(options: argparse.Namespace) -> None:
          "ratio": None if item.ratio is None else asdict(item.ratio)}
         for name, artifact, item in zip(RACE, artifacts, found, strict=True)
     ]  # fmt: skip
-    page.store("race", rows, facts())
+    page.RESULTS.put("race", rows, facts())
 
 
 SHAPES = [
@@ -228,7 +228,7 @@ def kernels(options: argparse.Namespace) -> None:
         if shape == SHAPES[1]:
             row["engines"] = layers.engines(shape)
         rows.append(row)
-    page.store("kernels", rows, facts())
+    page.RESULTS.put("kernels", rows, facts())
 
 
 def facts() -> dict[str, Any]:
@@ -254,7 +254,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.stage == "document":
-        page.rewrite()
+        page.RESULTS.rewrite()
         return
     STAGES[options.stage](options)
 

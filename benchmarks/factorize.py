@@ -197,7 +197,7 @@ def choose(name: str, options: argparse.Namespace) -> None:
     CASES[name].options.apply(module, task, run)  # type: ignore[arg-type]
     for note in run.notes:
         sys.stdout.write(f"{note}\n")
-    page.store("choice", {"network": name, "title": CASES[name].name, **run.findings["factors"]}, facts())
+    page.RESULTS.store("choice", {"network": name, "title": CASES[name].name, **run.findings["factors"]}, facts())
 
 
 def export_race(name: str, options: argparse.Namespace) -> None:
@@ -229,7 +229,7 @@ def race(name: str, options: argparse.Namespace) -> None:
             "over_by_energy": asdict(beside.ratio),  # type: ignore[call-overload]
         }  # fmt: skip
         sys.stdout.write(f"{json.dumps(row)}\n")
-        page.store("race", row, facts())
+        page.RESULTS.store("race", row, facts())
 
 
 def train(name: str, options: argparse.Namespace) -> None:
@@ -247,7 +247,7 @@ def train(name: str, options: argparse.Namespace) -> None:
         row[word] = stored_accuracy(network, test, options.work / name / f"{word}.json")
         sys.stdout.write(f"{word} {row[word]}\n")
         sys.stdout.flush()
-    page.store("accuracy", row, facts())
+    page.RESULTS.store("accuracy", row, facts())
 
 
 def int8(name: str, options: argparse.Namespace) -> None:
@@ -270,13 +270,13 @@ def race_int8(name: str, options: argparse.Namespace) -> None:
         times = [item.conditions["floor_ms"] for item in found]
         row = {"network": name, "target": target, "ms": times, "ratio": asdict(found[1].ratio)}
         sys.stdout.write(f"{json.dumps(row)}\n")
-        page.store("race_int8", row, facts())
+        page.RESULTS.store("race_int8", row, facts())
 
 
 def chosen(name: str, module: nn.Module, task: Task) -> nn.Module:
     """The network that the pass made when it chose, before training."""
     network = copy.deepcopy(module)
-    (choice,) = (row for row in json.loads(page.STORED.read_text())["choice"] if row["network"] == name)
+    (choice,) = (row for row in page.RESULTS.read()["choice"] if row["network"] == name)
     wanted = {row["layer"]: Form(row["form"], tuple(row["ranks"])) for row in choice["layers"]}
     spots = [spot for spot in survey(GraphView.of(network, task), ())[0] if wanted[spot.path] != DENSE]
     seen = moments(network, task, [spot for spot in spots if wanted[spot.path].method == "channel-svd"])
@@ -325,7 +325,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.stage == "document":
-        page.rewrite()
+        page.RESULTS.rewrite()
         return
     for name in options.networks:
         STAGES[options.stage](name, options)

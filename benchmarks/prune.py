@@ -79,11 +79,11 @@ def choose(options: argparse.Namespace) -> None:
     share = run.findings["channels"]["macs"]
     row = {**run.findings["channels"], "role": "pruned"}
     keep(options, "pruned", pruned)
-    page.store("choice", row, facts())
+    page.RESULTS.store("choice", row, facts())
     plain = magnitude(module, task)
     keep(options, "plain", plain)
     widths = {path: layer.out_channels for path, layer in plain.named_modules() if isinstance(layer, nn.Conv2d)}
-    page.store("choice", {"role": "plain", "macs": [share[0], cost(plain, task)], "widths": widths,
+    page.RESULTS.store("choice", {"role": "plain", "macs": [share[0], cost(plain, task)], "widths": widths,
                           "parameters": [count(module), count(plain)]}, facts())  # fmt: skip
     keep(options, "original", module)
 
@@ -114,7 +114,9 @@ def train(options: argparse.Namespace) -> None:
         keep(options, f"{role}-trained", trained)
         found = run.findings["tune"]
         row = {"role": role, "images": IMAGES, "settings": asdict(TUNE[role])}
-        page.store("training", row | {key: found[key] for key in ("epochs", "kept", "seconds", "ended")}, facts())
+        page.RESULTS.store(
+            "training", row | {key: found[key] for key in ("epochs", "kept", "seconds", "ended")}, facts()
+        )
 
 
 def score(options: argparse.Namespace) -> None:
@@ -126,7 +128,7 @@ def score(options: argparse.Namespace) -> None:
             network = module if role == "original" else kept(options, name)
             row = {"role": name, "samples": len(test), "top1": accuracy(network.eval(), test)}
             say(json.dumps(row))
-            page.store("accuracy", row, facts())
+            page.RESULTS.store("accuracy", row, facts())
 
 
 def export(options: argparse.Namespace) -> None:
@@ -139,7 +141,7 @@ def export(options: argparse.Namespace) -> None:
             network = torch.load(stored if stored.exists() else options.work / f"{role}.pt", weights_only=False)
             artifact = write_module(network, task, folder, target)
             size = sum(file.size_bytes for file in artifact.manifest.files.values())
-            page.store("size", {"role": role, "target": target, "size_bytes": size}, facts())
+            page.RESULTS.store("size", {"role": role, "target": target, "size_bytes": size}, facts())
             say(f"{role} {target} {size}")
 
 
@@ -152,7 +154,7 @@ def race(options: argparse.Namespace) -> None:
             row = {"role": role, "target": target, "ratio": asdict(item.ratio), "state": item.conditions["state"],
                    "ms": [found[0].conditions["floor_ms"], item.conditions["floor_ms"]]}  # fmt: skip
             say(json.dumps(row))
-            page.store("race", row, facts())
+            page.RESULTS.store("race", row, facts())
 
 
 def keep(options: argparse.Namespace, name: str, network: nn.Module) -> None:
@@ -183,7 +185,7 @@ def facts() -> dict[str, Any]:
 
 
 STAGES: Mapping[str, Any] = {"choose": choose, "train": train, "score": score, "export": export, "race": race,
-                             "document": lambda _: page.rewrite()}  # fmt: skip
+                             "document": lambda _: page.RESULTS.rewrite()}  # fmt: skip
 
 
 def main() -> None:

@@ -74,12 +74,12 @@ def train(name: str, options: argparse.Namespace) -> None:
         row[word] = stored_accuracy(found, test, work / f"{word}.json")
         row["zeros"], row["weights"] = zeros(found)
         say(f"{name}: {word} {row[word]}; {run.notes}")
-        page.store("rows", row, factorize.facts())
+        page.RESULTS.store("rows", row, factorize.facts())
     if how.tune is not None:
         tuned = run.findings["tune"]
         row |= {"settings": asdict(how.tune), "images": factorize.TRAINING}
         row |= {key: tuned[key] for key in ("epochs", "kept", "seconds", "ended")}
-        page.store("rows", row, factorize.facts())
+        page.RESULTS.store("rows", row, factorize.facts())
 
 
 def sizes(name: str, options: argparse.Namespace) -> None:
@@ -96,7 +96,7 @@ def sizes(name: str, options: argparse.Namespace) -> None:
                     if path.is_file() and path.name not in (MANIFEST, GOLDEN)]  # fmt: skip
             row[word] = {"bytes": sum(map(len, data)), "gzip": sum(len(gzip.compress(one, 9)) for one in data)}
         say(f"{row}")
-        page.store("sizes", row, factorize.facts())
+        page.RESULTS.store("sizes", row, factorize.facts())
 
 
 def race(name: str, options: argparse.Namespace) -> None:
@@ -108,7 +108,7 @@ def race(name: str, options: argparse.Namespace) -> None:
         row = {"row": f"{target}, {name}", "target": target, "network": name, "ratio": asdict(found[1].ratio),
                "ms": [item.conditions["floor_ms"] for item in found]}  # fmt: skip
         say(f"{row}")
-        page.store("race", row, factorize.facts())
+        page.RESULTS.store("race", row, factorize.facts())
 
 
 def calls(options: argparse.Namespace) -> None:
@@ -116,7 +116,7 @@ def calls(options: argparse.Namespace) -> None:
     for share, pattern in ((0.8, "unstructured"), (0.8, "1x4"), (0.9, "unstructured")):
         for row in counts(options.work, share, pattern, options.arm):
             say(f"{row}")
-            page.store("calls", row, factorize.facts())
+            page.RESULTS.store("calls", row, factorize.facts())
 
 
 def work_of(name: str, options: argparse.Namespace) -> Path:
@@ -152,7 +152,7 @@ def main() -> None:
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
     if options.stage == "document":
-        page.rewrite()
+        page.RESULTS.rewrite()
         return
     if options.stage == "calls":
         calls(options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,14 @@ def page(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("_factorize_page")
 
 
-def test_the_page_is_what_the_results_say(page: Any) -> None:
-    stored = json.loads(page.STORED.read_text(encoding="utf-8"))
-    assert page.DOCUMENT.read_text(encoding="utf-8") == page.document(stored)
-
-
-def test_every_row_has_as_many_cells_as_its_head(page: Any) -> None:
-    for part in page.DOCUMENT.read_text(encoding="utf-8").split("\n\n"):
-        cells = {line.count("|") for line in part.splitlines() if line.startswith("|")}
-        assert len(cells) <= 1, part
-
-
-def test_a_row_takes_the_place_of_its_like(page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "STORED", tmp_path / "a.json")
-    monkeypatch.setattr(page, "DOCUMENT", tmp_path / "a.md")
+def test_a_row_takes_the_place_of_its_like(page: Any, tmp_path: Path) -> None:
+    results = replace(page.RESULTS, stored=tmp_path / "a.json", page=tmp_path / "a.md")
     facts = {"processor": "one", "versions": {"torch": "2"}}
     layer = {"layer": "0", "form": "tucker", "ranks": [8, 8], "error": 0.1, "ms": {"onnx": [1.0, 0.5]}, "why": ""}
     choice = {"network": "a", "title": "A", "layers": [layer], "targets": {"onnx": {"predicted": float("nan")}},
               "by_energy": {"layers": {"0": "tucker 5×5"}}}  # fmt: skip
-    page.store("choice", {**choice, "title": "B"}, facts)
-    page.store("choice", choice, facts)
+    results.store("choice", {**choice, "title": "B"}, facts)
+    results.store("choice", choice, facts)
     stored = json.loads((tmp_path / "a.json").read_text())
     assert [row["title"] for row in stored["choice"]] == ["A"]
     assert stored["choice"][0]["targets"]["onnx"]["predicted"] is None

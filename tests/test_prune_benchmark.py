@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +19,18 @@ def page(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("_prune_page")
 
 
-def test_the_page_is_what_the_results_say(page: Any) -> None:
-    stored = json.loads(page.STORED.read_text(encoding="utf-8"))
-    assert page.DOCUMENT.read_text(encoding="utf-8") == page.document(stored)
-
-
-def test_every_row_has_as_many_cells_as_its_head(page: Any) -> None:
-    for part in page.DOCUMENT.read_text(encoding="utf-8").split("\n\n"):
-        cells = {line.count("|") for line in part.splitlines() if line.startswith("|")}
-        assert len(cells) <= 1, part
-
-
-def test_a_row_takes_the_place_of_its_like(page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "STORED", tmp_path / "a.json")
-    monkeypatch.setattr(page, "DOCUMENT", tmp_path / "a.md")
+def test_a_row_takes_the_place_of_its_like(page: Any, tmp_path: Path) -> None:
+    results = replace(page.RESULTS, stored=tmp_path / "a.json", page=tmp_path / "a.md")
     facts = {"processor": "one", "versions": {"torch": "2"}}
     layer = {"layer": "a.b", "before": 16, "after": 8, "criterion": {"kept": {"least": 1.0, "most": 2.5}}}
     pruned = {"role": "pruned", "macs": [10, 5], "parameters": [8, 2], "criterion": "taylor", "difference": 1.4e-7,
               "layers": [layer], "left": {"c": "it is wide"}}  # fmt: skip
     plain = {"role": "plain", "macs": [10, 6], "parameters": [8, 4], "widths": {"a.b": 12}}
-    page.STORED.write_text(json.dumps({"choice": [plain, {**pruned, "macs": [1, 1]}]}))
-    page.store("choice", pruned, facts)
+    results.stored.write_text(json.dumps({"choice": [plain, {**pruned, "macs": [1, 1]}]}))
+    results.store("choice", pruned, facts)
     for role, top1 in (("original", 0.9), ("pruned", 0.1), ("pruned-trained", 0.88)):
-        page.store("accuracy", {"role": role, "top1": top1, "samples": 10}, facts)
-    text = page.DOCUMENT.read_text(encoding="utf-8")
+        results.store("accuracy", {"role": role, "top1": top1, "samples": 10}, facts)
+    text = results.page.read_text(encoding="utf-8")
     assert "| `prune`, with its teacher | 0.500 | 0.250 | 10.00 % | 88.00 % | 2.00 points | not run |" in text
     assert "| Torch-Pruning, plain fine-tuning | 0.600 | 0.500 | not run | not run | not run | not run |" in text
     assert "| a.b | 16 | 8 | 12 | 1 … 2.5 | – |" in text
