@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from edgepack import parts
+from edgepack.compress._ratios import by_target, check_ratios
 from edgepack.compress._tune import Tune
 from edgepack.contracts import Pass, Run
 from edgepack.errors import InputError, nearest
@@ -96,15 +97,7 @@ class Factorize(Pass):
                 raise ValueError(f"{name} is a list of names, not {value!r}")
             object.__setattr__(self, name, tuple(value))
         self._check_ranks()
-        for name in BUDGETS:
-            found = getattr(self, name)
-            for value in found.values() if isinstance(found, Mapping) else [found]:
-                if value is not None and not 0 < value <= 1:
-                    raise ValueError(f"{name} is above 0 and at most 1, not {value!r}")
-        if isinstance(self.latency_ratio, Mapping) and (strange := set(self.latency_ratio) - set(self.targets)):
-            raise ValueError(f"latency_ratio names {', '.join(sorted(strange))}, which is not among targets")
-        if self.latency_ratio is not None and not self.targets:
-            raise ValueError("latency_ratio is measured: name a format in targets")
+        check_ratios({name: getattr(self, name) for name in BUDGETS}, self.targets)
 
     def _check_ranks(self) -> None:
         given = [name for name in ("rank", "energy") if getattr(self, name) is not None]
@@ -150,8 +143,7 @@ class Factorize(Pass):
 
     def latency_limit(self, target: str) -> float | None:
         """The budget in one target."""
-        found = self.latency_ratio
-        return found.get(target) if isinstance(found, Mapping) else found
+        return by_target(self.latency_ratio, self.targets).get(target)
 
     def check(self, module: nn.Module, task: Task) -> None:
         """Refuse a name in ``leave`` that no layer has, and training without data."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from edgepack.compress._ratios import by_target, check_ratios
 from edgepack.compress._tune import Tune
 from edgepack.contracts import Pass, Run
 from edgepack.errors import InputError, nearest
@@ -85,24 +86,13 @@ class Prune(Pass):
         self._check_budgets()
 
     def _check_budgets(self) -> None:
-        for name in BUDGETS:
-            found = getattr(self, name)
-            for value in found.values() if isinstance(found, Mapping) else [found]:
-                if value is not None and not 0 < value <= 1:
-                    raise ValueError(f"{name} is above 0 and at most 1, not {value!r}")
-        if isinstance(self.latency_ratio, Mapping) and (strange := set(self.latency_ratio) - set(self.targets)):
-            raise ValueError(f"latency_ratio names {', '.join(sorted(strange))}, which is not among targets")
-        if self.latency_ratio is not None and not self.targets:
-            raise ValueError("latency_ratio is measured: name a format in targets")
+        check_ratios({name: getattr(self, name) for name in BUDGETS}, self.targets)
         if all(getattr(self, name) is None for name in BUDGETS):
             object.__setattr__(self, "macs_ratio", 0.5)
 
     def latency_limits(self) -> dict[str, float]:
         """The latency budget of each target that has one."""
-        found = self.latency_ratio
-        if found is None:
-            return {}
-        return dict(found) if isinstance(found, Mapping) else dict.fromkeys(self.targets, found)
+        return by_target(self.latency_ratio, self.targets)
 
     def check(self, module: nn.Module, task: Task) -> None:
         """Refuse names that no layer has, a criterion without data, and training without data."""

@@ -5,17 +5,21 @@
 #include "nn.h"
 
 #ifdef NN_X86
+/* What kernels need beside the vectors; those of integers unless a file says otherwise. */
+#ifndef NN_AVX2_NEEDS
+#define NN_AVX2_NEEDS __builtin_cpu_supports("fma")
+#define NN_AVX512_NEEDS __builtin_cpu_supports("avx512vnni")
+#endif
 static int level(void)
 {
     static int found = -1;
     if (found < 0) {
         int best = 0;
         __builtin_cpu_init();
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        if (__builtin_cpu_supports("avx2") && NN_AVX2_NEEDS)
             best = 1;
         if (best && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-            __builtin_cpu_supports("avx512vnni"))
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && NN_AVX512_NEEDS)
             best = 2;
         found = best < NN_LEVEL ? best : NN_LEVEL;
     }
