@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
 
 from torch import nn  # noqa: E402
 
+from _bits import Many, alike  # noqa: E402
 from _c_files import Everything, captured, compressed, drawn, write  # noqa: E402
 from _networks import Network  # noqa: E402
 from edgepack.artifact import Artifact  # noqa: E402
@@ -79,6 +80,18 @@ def test_floats_stay_near_the_simulation(processor: object, made: dict[str, Made
     (wanted,) = run_graph(simulation, inputs).values()
     found = answer(processor, artifact, inputs, work)
     np.testing.assert_allclose(found, wanted.ravel(), rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("form", ["xnor", "tree"])
+@pytest.mark.parametrize("processor", emulated.PROCESSORS, ids=lambda processor: processor.name)
+def test_layers_of_signs_are_their_float_reference(processor: object, form: str, tmp_path: Path, work: Path) -> None:
+    layers = Many(1, 20).eval()
+    artifact, simulation = write(captured(layers, 1, 3, 11, 13), tmp_path / form, binary=form)
+    inputs = drawn(simulation)
+    wanted = run_graph(simulation, inputs)
+    ends = np.cumsum([values.size for values in wanted.values()])[:-1]
+    found = zip(wanted.items(), np.split(answer(processor, artifact, inputs, work), ends), strict=True)
+    alike({name: part.reshape(values.shape) for (name, values), part in found}, wanted, layers)
 
 
 def test_vectors_and_plain_c_give_the_same_floats(made: dict[str, Made], work: Path) -> None:
