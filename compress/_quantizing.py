@@ -264,6 +264,8 @@ class Quantizing:
             return "its weight is computed, not a plain parameter"
         if weight.dtype != torch.float32:
             return f"its weight is {weight.dtype}".replace("torch.", "")
+        if bool((weight.abs() == 1).all()):
+            return "its weights are ±1, of one bit each"
         return None
 
     def _plan(self, graph: Graph, ranges: Mapping[str, Range], scales: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ if shutil.which("cc") is None:
 from torch import nn  # noqa: E402
 
 from _bits import Many, alike  # noqa: E402
-from _c_files import answers, captured, drawn, worst, write  # noqa: E402
+from _c_files import answers, captured, compressed, drawn, worst, write  # noqa: E402
 from edgepack.compress._binary import Binary  # noqa: E402
 from edgepack.graph import run_graph  # noqa: E402
 
@@ -112,6 +112,25 @@ def test_thresholds_decide_as_pytorch_rounds(tmp_path: Path) -> None:
         inputs = drawn(simulation, seed)
         np.testing.assert_array_equal(*(next(iter(found.values())) for found in
                                         (answers(artifact, inputs), run_graph(simulation, inputs))))  # fmt: skip
+
+
+def test_what_is_real_in_eight_bits_and_signs_as_bits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(5, 16, 3), nn.ReLU(), binary(nn.Conv2d(16, 32, 3)), normed(32), nn.ReLU(), nn.Conv2d(32, 8, 3),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+    source = compressed(tmp_path, network, explain=False)
+    (step,) = source.manifest.history
+    assert "8-bit weights in 3 layers, 1 left in float" in step["notes"]
+    assert {entry["float"] for entry in source.plan.nodes.values() if "float" in entry} == {
+        "its weights are ±1, of one bit each"}  # fmt: skip
+    artifact, simulation = write(source.graph, tmp_path / "c", source.plan)
+    for level in LEVELS:
+        assert worst(artifact, simulation, level) < 1e-5
+    kernels = artifact.manifest.census["operators"]
+    assert kernels["conv_bits"] == 1
+    assert kernels["conv_s8"] == 3
 
 
 def test_what_the_option_can_be(tmp_path: Path) -> None:
