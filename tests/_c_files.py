@@ -45,10 +45,11 @@ class Everything(nn.Module):
         return self.last(y.mean((2, 3)))
 
 
-def compressed(folder: Path, module: nn.Module, **options: object) -> Source:
+def compressed(folder: Path, module: nn.Module, shape: tuple[int, ...] = SHAPE, **options: object) -> Source:
     """A network in 8 bits, calibrated on noise."""
-    values = np.random.default_rng(0).standard_normal((24, *SHAPE[1:])).astype(np.float32)
-    task = Task((Input("x", SHAPE, layout="NCHW"),), calibration=Samples(values))  # type: ignore[arg-type]
+    values = np.random.default_rng(0).standard_normal((24, *shape[1:])).astype(np.float32)
+    layout = "NCHW" if len(shape) == 4 else None
+    task = Task((Input("x", shape, layout=layout),), calibration=Samples(values))  # type: ignore[arg-type]
     compress(module.eval(), task, [Quantize(**options)], folder, Silent())
     return Source.open(folder / "compressed")
 
