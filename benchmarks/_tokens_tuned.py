@@ -40,7 +40,8 @@ def training_task(options: argparse.Namespace) -> Task:
 
 def settings(epochs: int) -> Tune:
     return Tune(
-        epochs=epochs, optimizer="adamw", lr=5e-4, batch=128, held_out=500, share=0.9, weight_decay=0.01
+        epochs=epochs, optimizer="adamw", lr=1e-3, batch=128, held_out=500, share=0.9, weight_decay=0.01,
+        precision="bfloat16",
     )  # fmt: skip
 
 

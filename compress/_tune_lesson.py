@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgepack.compress._teach import check_alike, matching, output_index, output_names
 from edgepack.compress._teach_features import FeatureLoss, FeaturePair, Watch, pair_features
@@ -91,8 +93,7 @@ class Lesson:
         return total
 
     def _outputs(self, network: nn.Module, samples: Samples, learning: bool) -> list[Tensor]:
-        half = learning and self.training.settings.precision == "bfloat16"
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with _bfloat16() if learning and self.training.settings.precision == "bfloat16" else nullcontext():
             outputs = flatten(network(*samples.inputs))
         return [one.float() if one.dtype == torch.bfloat16 else one for one in outputs]
 
@@ -105,6 +106,13 @@ class Lesson:
         for term in self.training.hold.losses:
             total = total + term()
         return total
+
+
+@contextmanager
+def _bfloat16() -> Iterator[None]:
+    """Convolutions and products in bfloat16; attention as plain products, as its fused backward pass is slow there."""
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def _label_loss(training: Training, teacher: nn.Module | None, first: Samples) -> Loss | None:
