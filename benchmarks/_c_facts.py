@@ -119,7 +119,8 @@ def scored(case: Case) -> Row:
         "score": dict(tally.result()),
         "simulation": {"max_rel": max(parity.max_rel or 0.0 for parity in parities), "rounded": 0, "otherwise": None,
                        "samples": sum(parity.samples for parity in parities)},
-        "files": [{"shape": list(size), "arena_bytes": arena(artifact), "size_bytes": artifact.size_bytes}
+        "files": [{"shape": list(size), "arena_bytes": arena(artifact), "size_bytes": artifact.size_bytes,
+                   "tflite_arena_bytes": tflite_arena(ours_float(case, "tflite", size).file(".tflite"))}
                   for size, artifact in made.items()],
         "float_bytes": case.float_bytes,
     }  # fmt: skip

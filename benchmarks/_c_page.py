@@ -116,13 +116,12 @@ def _equal(rows: Sequence[Row]) -> str:
 def _memory(rows: Sequence[Row]) -> str:
     def cells() -> Iterator[list[str]]:
         for row in rows:
-            if row.get("arena_bytes"):
-                theirs = row.get("tflite_arena_bytes")
-                beside = ["–", "–"] if theirs is None else [f"{theirs:,}", f"{row['arena_bytes'] / theirs:.2f}"]
-                yield [*_names(row), f"{row['arena_bytes']:,}", *beside]
-            for file in row.get("files", ()):
-                name, form = _names(row)
-                yield [f"{name}, {_shape(file)}", form, f"{file['arena_bytes']:,}", "–", "–"]
+            name, form = _names(row)
+            for file in row.get("files", [row]):
+                if (ours := file.get("arena_bytes")) is not None:
+                    theirs = file.get("tflite_arena_bytes")
+                    beside = ["–", "–"] if theirs is None else [f"{theirs:,}", f"{ours / theirs:.2f}"]
+                    yield [f"{name}, {_shape(file)}" if "shape" in file else name, form, f"{ours:,}", *beside]
 
     text = (
         "Bytes of the arena that inner values take. The caller holds inputs and outputs of C; TFLite's arena has them "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,10 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGINES = {"onnx": "onnxruntime", "openvino": "openvino", "tflite": "tflite"}
 
 
-def cut(module: nn.Module, task: Task, rate: float) -> nn.Module:
+def cut(module: nn.Module, task: Task, rate: float, blocks: Sequence[int] = ()) -> nn.Module:
     """A copy of the network at a keep rate; at 1 just a copy."""
     copied = copy.deepcopy(module)
-    return copied if rate == 1 else applied(Reorganize(keep_rate=rate), copied, task)[0]
+    return copied if rate == 1 else applied(Reorganize(keep_rate=rate, blocks=tuple(blocks)), copied, task)[0]
 
 
 def applied(item: Pass, module: nn.Module, task: Task) -> tuple[nn.Module, Plan]:

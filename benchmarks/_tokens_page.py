@@ -24,9 +24,9 @@ def store(stage: str, rows: Sequence[Row], key: Sequence[str], facts: Row) -> No
     """Replace rows of the same key, and write the page."""
     stored: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if rows:
-        new = {tuple(row[name] for name in key) for row in rows}
-        old = [row for row in stored.get(stage, []) if tuple(row[name] for name in key) not in new]
-        stored[stage] = sorted([*old, *rows], key=lambda row: [str(row[name]) for name in key])
+        new = {tuple(map(row.get, key)) for row in rows}
+        old = [row for row in stored.get(stage, []) if tuple(map(row.get, key)) not in new]
+        stored[stage] = sorted([*old, *rows], key=lambda row: [str(row.get(name)) for name in key])
         stored["facts"] = facts
     write_text(RESULTS, json.dumps(stored, indent=1, allow_nan=False) + "\n")
     write_text(DOCUMENT, "\n".join(document(stored)) + "\n")
@@ -173,30 +173,33 @@ def _tuned(stored: Row) -> Iterator[str]:
     yield ""
     engines = list(NAMES)
     yield (
-        "| epochs | keep rate | untrained | trained | points below uncut | "
+        "| epochs | keep rate | cuts in blocks | untrained | trained | points below uncut | "
         f"{' | '.join(f'8 bits, {NAMES[engine]}' for engine in engines)} "
         f"| {' | '.join(f'× as fast, {NAMES[engine]}' for engine in engines)} | training |"
     )
-    yield f"{'| --- ' * (6 + 2 * len(engines))}|"
+    yield f"{'| --- ' * (7 + 2 * len(engines))}|"
     for row in sorted(stored["tuned"], key=lambda row: (row["epochs"], -row["keep_rate"])):
         yield _trained(row, stored, engines)
 
 
 def _trained(row: Row, stored: Row, engines: Sequence[str]) -> str:
-    rate, epochs = row["keep_rate"], row["epochs"]
+    rate, epochs, blocks = row["keep_rate"], row["epochs"], row.get("blocks")
     uncut = [one["top1"] for one in stored["tuned"] if (one["keep_rate"], one["epochs"]) == (1.0, epochs)]
     before = [one["top1"] for one in stored.get("accuracy", ()) if one["keep_rate"] == rate]
+    before = [row["untrained"]] if "untrained" in row else before
     eight = {
         one["engine"]: one["top1"]
         for one in stored.get("integer", ())
-        if (one["keep_rate"], one["epochs"]) == (rate, epochs)
+        if (one["keep_rate"], one["epochs"], one.get("blocks")) == (rate, epochs, blocks)
     }
+    places = ", ".join(map(str, blocks or (1, 3, 4))) if rate < 1 else "–"
     cells = [
+        places,
         f"{100 * before[0]:.2f} %" if before else "–",
         f"{100 * row['top1']:.2f} %",
         f"{100 * (uncut[0] - row['top1']):.2f}" if uncut and rate < 1 else "–",
         *(f"{100 * eight[engine]:.2f} %" if engine in eight else "–" for engine in engines),
-        *(_faster(engine, rate, stored) for engine in engines),
+        *("–" if blocks else _faster(engine, rate, stored) for engine in engines),
         f"{row['seconds']:.0f} s",
     ]
     return f"| {epochs} | {rate:g} | {' | '.join(cells)} |"

@@ -50,8 +50,10 @@ def tuned(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     original, task = vit(options.data), training_task(options)
     test = pictures(options.data, options.samples)
     for rate in options.rates:
-        job = PassRun(options.work / f"tuned {options.epochs} keep {rate:g}", 0, Plan(), Silent(), original, task)
-        item = Reorganize(keep_rate=rate, tune=settings(options.epochs), shrink=SHRINK)
+        job = PassRun(options.work / f"tuned {called(options, rate)}", 0, Plan(), Silent(), original, task)
+        item = Reorganize(
+            keep_rate=rate, blocks=tuple(options.blocks), tune=settings(options.epochs), shrink=SHRINK
+        )  # fmt: skip
         found = item.apply(copy.deepcopy(original), task, job)
         torch.save(found.state_dict(), weights(options, rate))
         learnt = job.findings["tune"]
@@ -59,6 +61,8 @@ def tuned(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "keep_rate": rate, "epochs": options.epochs, "top1": top1(found, *test), "samples": len(test[1]),
             "seconds": learnt["seconds"], "kept": learnt["kept"], "history": learnt["epochs"],
             "settings": asdict(settings(options.epochs)), "shrink": SHRINK, "images": len(task.training or ()),
+            **({"blocks": list(options.blocks), "untrained": top1(cut(original, task, rate, options.blocks), *test)}
+               if options.blocks else {}),
         }  # fmt: skip
 
 
@@ -66,7 +70,7 @@ def integer(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Top-1 of the trained networks in 8 bits, real files in their engines; files that are there already stay."""
     images, labels = pictures(options.data, options.samples)
     for rate in options.rates:
-        folders = {engine: options.work / f"tuned int8 {engine} keep {rate:g}" for engine in options.engines}
+        folders = {engine: options.work / f"tuned int8 {engine} {called(options, rate)}" for engine in options.engines}
         write_integer(options, rate, {name: path for name, path in folders.items() if not (path / MANIFEST).exists()})
         for engine, folder in folders.items():
             artifact = Artifact.open(folder)
@@ -78,6 +82,7 @@ def integer(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {
                 "keep_rate": rate, "epochs": options.epochs, "engine": engine, "samples": len(labels),
                 "top1": float((logits.argmax(1) == labels).mean()), "dialect": artifact.manifest.dialect,
+                **({"blocks": list(options.blocks)} if options.blocks else {}),
             }  # fmt: skip
 
 
@@ -86,7 +91,7 @@ def write_integer(options: argparse.Namespace, rate: float, folders: Mapping[str
         return
     calibration = open_data({"data": TRAINING, "samples": CALIBRATION}, (ITEM,), options.data)
     task = Task((ITEM,), calibration=calibration)
-    network = cut(vit(options.data), task, rate)
+    network = cut(vit(options.data), task, rate, options.blocks)
     network.load_state_dict(torch.load(weights(options, rate), weights_only=True))
     found, plan = applied(Quantize(explain=False), network, task)
     for engine, folder in folders.items():
@@ -94,8 +99,14 @@ def write_integer(options: argparse.Namespace, rate: float, folders: Mapping[str
 
 
 def weights(options: argparse.Namespace, rate: float) -> Path:
-    found: Path = options.work / f"vit {options.epochs} keep {rate:g}.pt"
+    found: Path = options.work / f"vit {called(options, rate)}.pt"
     return found
+
+
+def called(options: argparse.Namespace, rate: float) -> str:
+    """What files of one training are called."""
+    places = f" in {'-'.join(map(str, options.blocks))}" if options.blocks else ""
+    return f"{options.epochs} keep {rate:g}{places}"
 
 
 def top1(module: nn.Module, images: Any, labels: Any) -> float:

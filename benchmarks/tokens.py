@@ -192,8 +192,8 @@ STAGES: dict[str, tuple[Any, tuple[str, ...]]] = {  # what makes the rows, and w
     "race": (race, ("engine", "form", "batch", "threads", "keep_rate")),
     "accuracy": (accuracy, ("keep_rate",)),
     "race_vit": (race_vit, ("engine", "keep_rate")),
-    "tuned": (tuned, ("keep_rate", "epochs")),
-    "integer": (integer, ("keep_rate", "epochs", "engine")),
+    "tuned": (tuned, ("keep_rate", "epochs", "blocks")),
+    "integer": (integer, ("keep_rate", "epochs", "blocks", "engine")),
     "equal": (equal, ("side",)),
     "explain": (clocked, ("network", "engine", "keep_rate")),
 }
@@ -217,6 +217,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=DEIT, default=tuple(DEIT), help="that are counted")
     parser.add_argument("--runs", type=int, default=30, help="of the engine's own clock")
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--blocks", nargs="+", type=int, default=(), help="that are cut, of the ViT that is trained")
     parser.add_argument("--samples", type=int, help="at most this many images, for trying things out")
     options = parser.parse_args()
     torch.set_num_threads(1)
