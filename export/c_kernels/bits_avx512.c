@@ -7,7 +7,7 @@
 #include <string.h>
 
 #define NAME(x) x##_avx512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx2,fma,bmi2")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,gfni,avx2,fma,bmi2")))
 #define INLINE inline __attribute__((always_inline))
 #define NOINLINE __attribute__((noinline))
 #define LANES 16
@@ -102,6 +102,6 @@ TARGET static INLINE const uint16_t *again(const uint16_t *p)
     return p;
 }
 #define AGAIN(p) again(p)
-#include "bits_turn.h"
+#include "bits_turn_gfni.h"
 #include "bits_tree.h"
 #endif
