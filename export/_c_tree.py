@@ -15,7 +15,7 @@ from edgepack.trees import ROOT, Tree
 
 WORD = 32  # channels of a word
 UNIT = 64  # bytes of pixels: a cache line and the widest vector
-BAND = 2  # units of results for which planes are made at once, and whose counts are kept meanwhile
+BAND = 4  # units of results for which planes are made at once, and whose counts are kept meanwhile
 PAIR = 2  # vectors whose counts are kept
 TOGETHER = 8  # planes
 MOST = 1 << 16  # units that can be numbered

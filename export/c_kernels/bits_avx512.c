@@ -85,7 +85,7 @@ typedef __m512i B;
 TARGET static INLINE B b_load(const void *p)
 {
     B v = _mm512_loadu_si512(p);
-    __asm__("" : "+v"(v)); /* read once: unaligned loads are what takes time */
+    __asm__("" : "+v"(v)); /* read once, used twice: loads are what takes time */
     return v;
 }
 TARGET static INLINE void b_store(void *p, B v) { _mm512_storeu_si512(p, v); }

@@ -174,6 +174,24 @@ TARGET static void NAME(tree_units)(const nn_tree *t, const unsigned char *plane
                 NAME(tree_walk)(t, planes + UNITS(v) + at, slots, found + UNITS(v) + at, 1);
 }
 
+/* One unit of 32 planes: the rows of the image from `first` on. From the unit that is `units` before it, it differs by a row:
+ * where whole units are not turned at once, the other rows are copied. */
+TARGET static INLINE void NAME(tree_unit)(const nn_tree *t, const uint32_t *in, int first, int height, int width, int units,
+                                          unsigned char *planes)
+{
+    const ptrdiff_t plane = UNITS(t->units), row = (ptrdiff_t)units * t->step_row;
+    const int there = first < height ? (height - first + units - 1) / units : 0, rows = there < t->rows ? there : t->rows;
+    int start = 0, i;
+    unsigned char kept[64];
+    if (UNIT < 64 && first >= units)
+        for (start = t->rows - 1, i = 0; i < 32; i++) {
+            memcpy(kept, planes + i * plane + UNITS(first - units) + t->row_bytes, 64);
+            memcpy(planes + i * plane + UNITS(first), kept, 64);
+        }
+    NAME(turn_in)(in + (ptrdiff_t)first * t->step_row + start * row, row, t->step_pixel, rows - start, width, t->row_bytes,
+                  planes + UNITS(first) + start * t->row_bytes, plane);
+}
+
 /* Planes of every variant and channel, then one of zeros and one of ones. */
 TARGET static void NAME(tree_planes)(const nn_tree *t, const uint32_t *in, int width, int height, int units,
                                      unsigned char *planes)
@@ -181,13 +199,9 @@ TARGET static void NAME(tree_planes)(const nn_tree *t, const uint32_t *in, int w
     const ptrdiff_t plane = UNITS(t->units);
     int v, w, first;
     for (v = 0; v < t->variants; v++)
-        for (w = 0; w < t->words; w++, planes += 32 * plane) {
-            const int there = height + t->beyond[v], last = units + t->beyond[v];
-            for (first = 0; first < last; first++)
-                NAME(turn_in)(in + t->starts[v] + w + (ptrdiff_t)first * t->step_row, (ptrdiff_t)units * t->step_row,
-                              t->step_pixel, first < there ? (there - first + units - 1) / units : 0, t->rows, width,
-                              t->row_bytes, planes + UNITS(first), plane);
-        }
+        for (w = 0; w < t->words; w++, planes += 32 * plane)
+            for (first = 0; first < units + t->beyond[v]; first++)
+                NAME(tree_unit)(t, in + t->starts[v] + w, first, height + t->beyond[v], width, units, planes);
     memset(planes, 0, (size_t)plane);
     memset(planes + plane, 255, (size_t)plane);
 }

@@ -78,14 +78,14 @@ TARGET static INLINE void bytes_turn(__m512i *v)
         bytes_swap(v + i, v + i + 4, 4, 0xf0f0f0f0f0f0f0f0ull);
 }
 
-TARGET static NOINLINE void NAME(turn_in)(const uint32_t *in, ptrdiff_t row, int step, int there, int rows, int width,
+TARGET static NOINLINE void NAME(turn_in)(const uint32_t *in, ptrdiff_t row, int step, int rows, int width,
                                           int row_bytes, unsigned char *to, ptrdiff_t plane)
 {
     const __m512i into = _mm512_set1_epi64(INTO);
     uint32_t block[64 * 8];
     __m512i bytes[4][8], v[8];
     int i, j, x, at = 0;
-    for (i = 0; i < there && i < rows; i++)
+    for (i = 0; i < rows; i++)
         for (x = 0; x < width; x += 8, at += 8)
             _mm256_storeu_si256((__m256i *)(void *)(block + at),
                                 eight_load(in + i * row + (ptrdiff_t)x * step, step, width - x < 8 ? width - x : 8));

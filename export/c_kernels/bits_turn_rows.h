@@ -1,11 +1,11 @@
 /* Rows of pixels as rows of bits and back, 32 × 32 at a time.
  * turn_in: bit c of the word of pixel x in row i becomes bit x of row i in plane c; rows are `row`, pixels `step` words apart,
- * planes `plane` bytes. Of `rows` those beyond `there` are left as they are. turn_out is the way back, of `planes` planes. */
-TARGET static void NAME(turn_in)(const uint32_t *in, ptrdiff_t row, int step, int there, int rows, int width, int row_bytes,
+ * planes `plane` bytes. turn_out is the way back, of `planes` planes. */
+TARGET static void NAME(turn_in)(const uint32_t *in, ptrdiff_t row, int step, int rows, int width, int row_bytes,
                                  unsigned char *to, ptrdiff_t plane)
 {
     int i, x;
-    for (i = 0; i < there && i < rows; i++)
+    for (i = 0; i < rows; i++)
         for (x = 0; x < width; x += 32)
             NAME(turn32)(in + i * row + (ptrdiff_t)x * step, 4 * step, width - x < 32 ? width - x : 32,
                          to + i * row_bytes + x / 8, plane, 32);
