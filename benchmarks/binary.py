@@ -180,13 +180,14 @@ def export_all(options: argparse.Namespace) -> None:
         for exporter in exporters:
             if not (out / (exporter.name or exporter.format) / MANIFEST).exists():
                 (found,) = export(out, [exporter], Silent())
-                sys.stdout.write(
-                    f"{name} {found.artifact.folder.name}: {found.artifact.manifest.parity.max_rel}, {found.artifact.manifest.census}\n"
-                )
+                made = found.artifact
+                error, census = made.manifest.parity.max_rel, made.manifest.census
+                sys.stdout.write(f"{name} {made.folder.name}: {error}, {census}\n")
 
 
 RACE = {"float, ONNX Runtime": "float/onnx", "8 bits, ONNX Runtime": "int8/onnx", "float, C": "float/c",
-        "binary, ONNX Runtime": "plain/onnx", "binary packed, ONNX Runtime": "plain/packed", "binary, C": "plain/c", "binary, tree term, C": "tree/c"}  # fmt: skip
+        "binary, ONNX Runtime": "plain/onnx", "binary packed, ONNX Runtime": "plain/packed",
+        "binary, C": "plain/c", "binary, tree term, C": "tree/c"}  # fmt: skip
 
 
 def race(options: argparse.Namespace) -> None:

@@ -75,9 +75,9 @@ def test_what_is_taken_over_computes_the_same() -> None:
 def test_it_ends_in_packed_bits(tmp_path: Path) -> None:
     if shutil.which("cc") is None:
         pytest.skip("no C compiler: apt-get install gcc")
-    given, x = network(), torch.randn(8, 3, 14, 13)
+    given, x = network(), torch.randn(1, 3, 14, 13)
     with torch.no_grad():
-        wanted = given(x[:1])
+        wanted = given(x)
     compress(given, Task((Input("x", (1, 3, 14, 13)),)), [Binarize()], tmp_path, Silent())
     source = Source.open(tmp_path / COMPRESSED)
     (step,) = source.manifest.history
@@ -88,7 +88,7 @@ def test_it_ends_in_packed_bits(tmp_path: Path) -> None:
     assert kernels["sign_bits"] == 1  # its results are compared again; those of the others become floats
     assert kernels["conv_bits"] == 2
     assert kernels["conv_f32"] == 2
-    (found,) = (source.graph.program.module(check_guards=False)(x[:1]),)
+    (found,) = source.graph.program.module(check_guards=False)(x)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
