@@ -44,7 +44,7 @@ def drawn() -> dict[str, np.ndarray]:
 
 def by_hand(module: nn.Module, x: np.ndarray) -> np.ndarray:
     """Both layers as integers, with NumPy alone."""
-    first, second = (layer.layer.weight.numpy().astype(np.int64) for layer in module)
+    first, second = (layer.layer.weight.detach().numpy().astype(np.int64) for layer in module)
     one, two = (layer.scale.weight.detach().numpy().astype(np.int64) for layer in module)
     bits = np.where(x[0] >= 0, 1, -1)
     sums = np.einsum("oc,chw->ohw", first[:, :, 0, 0], bits) * one
