@@ -74,10 +74,10 @@ def binary(layer: nn.Module, shortcut: bool = False) -> Binary:
 
 def test_random_layers_are_the_reference_bit_for_bit(tmp_path: Path) -> None:
     """Strides, dilation, groups, padding with −1 and 0, before the layer and in pairs that differ by side."""
-    graph = captured(Many(1, 40), 1, 3, 11, 13)
+    graph = captured(Many(1, 16), 1, 3, 11, 13)
     reference, packed = (write(graph, tmp_path / form, binary=form) for form in ("float", "packed"))
     assert packed.manifest.census is not None
-    assert packed.manifest.census["operators"][BINARY_CONV] >= 40
+    assert packed.manifest.census["operators"][BINARY_CONV] >= 16
     inputs = {"x": np.random.default_rng(0).standard_normal((2, 3, 11, 13)).astype(np.float32)}
     for optimize in (True, False):
         wanted, found = (answers(artifact, inputs, optimize) for artifact in (reference, packed))
@@ -113,9 +113,13 @@ def test_rows_products_biases_and_any_batch(tmp_path: Path) -> None:
     assert packed.manifest.census["operators"]["Conv"] == 1  # padded with −1, then with 0
     for batch in (1, 3):
         inputs = {"x": np.random.default_rng(batch).standard_normal((batch, 40, 9, 12)).astype(np.float32)}
-        wanted, found = (answers(artifact, inputs) for artifact in (reference, packed))
-        for name in wanted:
-            np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
+        for optimize, tolerance in (
+            (False, 0.0),
+            (True, 1e-5),
+        ):  # the engine multiplies weights by a factor behind them
+            wanted, found = (answers(artifact, inputs, optimize) for artifact in (reference, packed))
+            for name in wanted:
+                np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=tolerance, err_msg=name)
     assert packed.size_bytes < reference.size_bytes / 5
 
 
