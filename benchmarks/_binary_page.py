@@ -100,7 +100,8 @@ def _race(rows: Sequence[Row]) -> Iterator[str]:
     yield "## Whole networks"
     yield (
         "Batch 1, one thread, all files interleaved in one process; floors of block medians with the 95 % interval "
-        "of the ratio. ONNX Runtime computes the float network of the same architecture."
+        "of the ratio. ONNX Runtime computes the float network of the same architecture; *packed*: the binary layers "
+        "as edgepack's operator, a bit per weight, each reading and giving floats."
     )
     yield _table(
         ["file", "ms", "÷ the first", "bytes"],

@@ -30,7 +30,7 @@ from _binary_net import BINARY, Residual
 from safetensors.torch import load_file
 from torch import nn
 
-from edgepack import metrics, parts
+from edgepack import metrics
 from edgepack.artifact import MANIFEST, Artifact
 from edgepack.compress._binarizing import tree_costs
 from edgepack.compress._binary import Binary
@@ -43,6 +43,8 @@ from edgepack.compressing import COMPRESSED, PassRun, compress
 from edgepack.contracts import Exporter, Settings
 from edgepack.data import open_data
 from edgepack.devices.host import Host
+from edgepack.export.c import C
+from edgepack.export.onnx import Onnx
 from edgepack.exporting import export
 from edgepack.plan import Plan
 from edgepack.profiling import profile
@@ -166,23 +168,25 @@ def project(options: argparse.Namespace) -> None:
 def export_all(options: argparse.Namespace) -> None:
     """Files of the race; those that are there stay."""
     small = replace(task(options.data), training=None, metric=None, augment="")
-    jobs: dict[str, tuple[str, list[Any], list[str]]] = {
-        "float": ("float", [Fold()], ["onnx", "c"]), "int8": ("float", [Quantize(explain=False)], ["onnx"]),
-        "plain": ("plain", [Fold()], ["c"]), "tree": ("tree", [Fold()], ["c"]),
+    onnx, packed, c = Onnx(), Onnx(name="packed", binary="packed"), C()
+    jobs: dict[str, tuple[str, list[Any], list[Exporter]]] = {
+        "float": ("float", [Fold()], [onnx, c]), "int8": ("float", [Quantize(explain=False)], [onnx]),
+        "plain": ("plain", [Fold()], [onnx, packed, c]), "tree": ("tree", [Fold()], [c]),
     }  # fmt: skip
-    for name, (network, passes, targets) in jobs.items():
+    for name, (network, passes, exporters) in jobs.items():
         out = options.work / "race" / name
         if not (out / COMPRESSED / MANIFEST).exists():
             compress(stored(options, network), small, passes, out, Silent())
-        for target in targets:
-            if not (out / target / MANIFEST).exists():
-                (found,) = export(out, [parts.find(Exporter, target)()], Silent())
-                sys.stdout.write(
-                    f"{name} {target}: {found.artifact.manifest.parity.max_rel}, {found.artifact.manifest.census}\n"
-                )
+        for exporter in exporters:
+            if not (out / (exporter.name or exporter.format) / MANIFEST).exists():
+                (found,) = export(out, [exporter], Silent())
+                made = found.artifact
+                error, census = made.manifest.parity.max_rel, made.manifest.census
+                sys.stdout.write(f"{name} {made.folder.name}: {error}, {census}\n")
 
 
 RACE = {"float, ONNX Runtime": "float/onnx", "8 bits, ONNX Runtime": "int8/onnx", "float, C": "float/c",
+        "binary, ONNX Runtime": "plain/onnx", "binary packed, ONNX Runtime": "plain/packed",
         "binary, C": "plain/c", "binary, tree term, C": "tree/c"}  # fmt: skip
 
 

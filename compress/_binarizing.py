@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from edgepack.compress._binary import Binary
+from edgepack.compress._brevitas import take_binary
 from edgepack.compress._graph import Call, GraphView, named, put_layer, shape
 from edgepack.compress._projecting import shorten, take_statistics
 from edgepack.compress._tree_pull import TreePull, signs_of, tree_of
@@ -49,6 +50,11 @@ class Binarizing:
     pixels: dict[str, int] = field(default_factory=dict)
 
     def run_all(self, module: nn.Module) -> nn.Module:
+        taken = take_binary(module)
+        if taken:
+            self.run.note(f"binarize: {len(taken)} binary layers of brevitas are taken over as they were trained")
+            if not self.options.layers:
+                return self._as_trained(module)
         view = GraphView.of(module, self.task)
         chosen = self._chosen(view)
         for call, (threshold, width) in zip(chosen, self._inputs(module, chosen), strict=True):
@@ -61,6 +67,14 @@ class Binarizing:
             self._project(module, latent)
         self._report()
         return module
+
+    def _as_trained(self, module: nn.Module) -> nn.Module:
+        if self.options.tune is not None:
+            raise Unsupported(
+                "binarize: binary layers of brevitas are taken over as they were trained",
+                "leave tune out, or name layers",
+            )
+        return tune(module, self.task, self.run, None)
 
     def _chosen(self, view: GraphView) -> list[Call]:
         """Calls of the layers to make binary. Raises Unsupported where none is left or one cannot be."""

@@ -29,6 +29,10 @@ class Binarize(Pass):
     be trained: give the table ``tune``; batch norms then learn the statistics of the batches. ``fold`` comes after it:
     batch norms behind binary layers are what makes them trainable.
 
+    Binary layers of brevitas (``QuantConv1d``, ``QuantConv2d``, ``QuantLinear`` with 1-bit weights behind a 1-bit
+    ``QuantIdentity`` or ``QuantHardTanh``) are taken over as they were trained; ``layers`` then says which others are
+    made binary, by default none.
+
     Attributes:
         layers: names of layers to make binary, with ``*`` and ``?``; a name also covers what is inside it. Empty: every
             convolution and linear layer but the first and the last.

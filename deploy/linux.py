@@ -9,6 +9,7 @@ from typing import ClassVar
 from edgepack.artifact import Artifact
 from edgepack.contracts import Packager
 from edgepack.errors import Unsupported
+from edgepack.operators import BINARY_CONV
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Linux(Packager):
         """Write the package into an empty folder and return its files.
 
         Raises:
-            Unsupported: the artifact has another format, or values without a NumPy type.
+            Unsupported: the artifact has another format, values without a NumPy type, or an operator of our own.
             IntegrityError: its golden samples are not vouched for by a hash.
         """
         from edgepack.deploy._contract import build, save
@@ -42,6 +43,11 @@ class Linux(Packager):
         if artifact.manifest.format not in self.formats:
             raise Unsupported(
                 f"packager linux does not take {artifact.manifest.format}", f"it takes {', '.join(self.formats)}"
+            )
+        if BINARY_CONV in (artifact.manifest.census or {}).get("operators", {}):
+            raise Unsupported(
+                f"packager linux: the file has edgepack's own operator {BINARY_CONV}, which its samples do not load",
+                "export with binary = 'float', or to c",
             )
         contract = build(artifact, folder, self.samples)
         write_sources(contract, folder)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from edgepack.export._c_bits import BLOCK, WORD, Layer, Limits
 from edgepack.export._c_graph import Buffer, Network, Step, channels_last
-from edgepack.export._c_tree import Frame, Tables, tables
+from edgepack.export._c_tree import UNIT, Frame, Tables, tables
 from edgepack.trees import distances, spanning_tree
 
 WORDS = {"avx512": (64, 16), "avx2": (32, 8)}  # bytes of pixels and outputs that a vector holds
@@ -17,8 +17,8 @@ WORDS = {"avx512": (64, 16), "avx2": (32, 8)}  # bytes of pixels and outputs tha
 
 @dataclass(frozen=True)
 class Prices:
-    """Nanoseconds: of a product of vectors of outputs and one word, of a pixel's result; of a block of 32 × 32 bits
-    that is transposed, of sixteen planes' vector, of an output's vector."""
+    """Nanoseconds: of a product of vectors of outputs and one word, of a pixel's result; of a block of bits that is
+    transposed (512 × 32 or 32 × 32), of sixteen planes' vector, of an output's vector."""
 
     product: float
     pixel: float
@@ -27,7 +27,7 @@ class Prices:
     output: float
 
 
-PRICES = {"avx512": Prices(0.42, 8.3, 18.0, 12.5, 20.0), "avx2": Prices(0.63, 9.9, 15.5, 11.7, 14.2)}
+PRICES = {"avx512": Prices(0.42, 8.3, 151.0, 10.3, 9.6), "avx2": Prices(0.63, 9.9, 8.9, 9.8, 16.9)}
 
 
 def choose(network: Network, kernel: str) -> None:
@@ -67,7 +67,8 @@ def plain(step: Step, level: str) -> float:
 def along(step: Step, level: str) -> float:
     """Nanoseconds of a layer along its tree; where vectors of AVX-512 would be half empty, those of AVX2 are used."""
     numbers = step.options["tables"].numbers
-    level = "avx2" if numbers["band"] * numbers["row_bytes"] <= WORDS["avx2"][0] else level
+    narrow = numbers["band"] == 1 and step.output.sizes[step.output.axis(2)] * numbers["row_bytes"] <= WORDS["avx2"][0]
+    level = "avx2" if narrow else level
     blocks, sixteens, outputs = terms(step, level)[2:]
     return PRICES[level].block * blocks + PRICES[level].sixteen * sixteens + PRICES[level].output * outputs
 
@@ -80,12 +81,16 @@ def terms(step: Step, level: str) -> tuple[float, float, float, float, float]:
     height, width = (step.output.sizes[step.output.axis(axis)] for axis in (2, 3))
     words = -(-layer.signs.shape[1] // WORD) * layer.signs[0, 0].size
     vectors = -(-layer.outputs // BLOCK) * BLOCK // lanes
-    bands = [min(numbers["band"], height - start) for start in range(0, height, numbers["band"])]
-    beyond, across = int(found.arrays["beyond"].sum()), -(-width // WORD)
-    blocks = sum(numbers["words"] * (numbers["variants"] * band + beyond) + -(-layer.outputs // WORD) * band
-                 for band in bands) * across  # fmt: skip
-    passes = sum(-(-band * numbers["row_bytes"] // octets) for band in bands)
+    turned = passes = 0
+    for start in range(0, height, numbers["band"] * numbers["rows"]):
+        deep = min(numbers["band"] * numbers["rows"], height - start)
+        units = -(-deep // numbers["rows"])
+        each = units if octets == UNIT else deep * -(-min(numbers["tile"], width) // WORD)
+        beyond = int(found.arrays["beyond"].sum()) * each // units
+        turned += numbers["words"] * (numbers["variants"] * each + beyond) + -(-layer.outputs // WORD) * each
+        passes += units if octets == UNIT else units * -(-(-(-deep // units) * numbers["row_bytes"]) // octets)
+    tiles = -(-width // numbers["tile"])
     sixteens = len(found.arrays["places"]) / 16
     pixels = height * width
-    return (pixels * words * vectors, pixels * -(-layer.outputs // (4 * lanes)), blocks, passes * sixteens,
-            passes * layer.outputs)  # fmt: skip
+    return (pixels * words * vectors, pixels * -(-layer.outputs // (4 * lanes)), tiles * turned,
+            tiles * passes * sixteens, tiles * passes * layer.outputs)  # fmt: skip

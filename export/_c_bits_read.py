@@ -74,12 +74,12 @@ class Signs(Lazy):
     high: float
     low: float
     ends: Ends = NONE
-    value: float = -1.0
+    value: float | None = None
     known: dict[Any, View] = field(default_factory=dict)
 
     def read(self, reader: Reader, node: Node, given: Given) -> Any:
         kind = word(node)
-        if {self.high, self.low} != {1.0, -1.0}:
+        if self.high != -self.low or self.high == 0:
             return None
         if kind == "pad" and given["mode"] == "constant":
             return self._padded(node, given["pad"], float(given["value"] or 0.0))
@@ -87,11 +87,15 @@ class Signs(Lazy):
             return None
         return sums(reader, node, self, given)
 
+    @property
+    def size(self) -> float:
+        return abs(self.high)
+
     def _padded(self, node: Node, pad: Sequence[int], value: float) -> Signs | None:
         sides = [(pad[place], pad[place + 1]) for place in range(0, len(pad), 2)]
         rank = len(node.meta["val"].shape) - 2
         known = self.ends == NONE or self.value == value
-        if len(sides) > rank or rank > 2 or value not in (-1.0, 0.0) or not known or min(pad) < 0:
+        if len(sides) > rank or rank > 2 or value not in (-self.size, 0.0) or not known or min(pad) < 0:
             return None
         return replace(self, node=node, ends=_more(self.ends, [*sides, (0, 0)][1::-1]), value=value)
 
@@ -106,7 +110,7 @@ class Signs(Lazy):
             self.known["floats"] = target
         view = self.known["floats"]
         ends = [(0, 0), (0, 0), *self.ends[2 - (len(view.sizes) - 2) :]]
-        return view if self.ends == NONE else reader.padded(view, ends, self.value, self.node)
+        return view if self.value is None else reader.padded(view, ends, self.value, self.node)
 
     def packed(self, reader: Reader, groups: int, ends: Ends, linear: bool) -> View:
         """The bits as an image of words between zeros; computed once."""
@@ -272,7 +276,7 @@ def sums(reader: Reader, node: Node, signs: Signs, given: Given) -> Sums | None:
     (top, bottom), (left, right) = _more(signs.ends, list(zip(slide.before, slide.behind, strict=True)))
     slide = replace(slide, before=(top, left), behind=(bottom, right))
     bias = np.zeros(len(weight), np.float32) if given["bias"] is None else as_array(given["bias"])
-    layer = Layer(found[0], found[1], bias, slide, groups, own or signs.value == 0)
+    layer = Layer(found[0], found[1] * np.float32(signs.size), bias, slide, groups, own or signs.value == 0)
     return Sums(node, node, signs, layer, image, size, linear)
 
 

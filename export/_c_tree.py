@@ -14,9 +14,11 @@ from edgepack.export._c_graph import Array
 from edgepack.trees import ROOT, Tree
 
 WORD = 32  # channels of a word
-WALKED = 128  # bytes of pixels that are counted together at most
+UNIT = 64  # bytes of pixels: a cache line and the widest vector
+BAND = 4  # units of results for which planes are made at once, and whose counts are kept meanwhile
+PAIR = 2  # vectors whose counts are kept
 TOGETHER = 8  # planes
-MOST = 1 << 16  # rows of pixels that can be numbered
+MOST = 1 << 16  # units that can be numbered
 ALL = 0xFFFFFFFF
 DEEPEST = 24  # bits of a counter, as in bits_tree.h
 
@@ -57,7 +59,7 @@ def tables(signs: Array, tree: Tree, limit: Array, turn: Array, frame: Frame) ->
         turn: bool (outputs,).
     """
     cut = _Cut(frame, *signs.shape[1:])
-    if cut.constant + cut.plane_bytes >= MOST * cut.row_bytes:
+    if cut.constant + 2 * cut.units > MOST:
         return None
     steps = _Steps(cut, signs.reshape(len(signs), -1), tree)
     rows, places = tree.order(), signs[0].size
@@ -65,18 +67,18 @@ def tables(signs: Array, tree: Tree, limit: Array, turn: Array, frame: Frame) ->
     assert counters <= DEEPEST
     least = np.clip(places - limit // 2 + steps.moved, 0, (1 << counters) - 1)[rows]
     numbers = {
-        "variants": len(cut.variants), "words": cut.words, "row_bytes": cut.row_bytes, "plane_bytes": cut.plane_bytes,
-        "band": cut.band, "step_row": frame.stride[0] * frame.row, "step_pixel": frame.stride[1] * frame.pixel,
-        "counters": counters, "outputs": len(signs),
+        "variants": len(cut.variants), "words": cut.words, "tile": cut.tile, "row_bytes": cut.row_bytes,
+        "rows": cut.rows, "band": cut.band, "units": cut.units, "step_row": frame.stride[0] * frame.row,
+        "step_pixel": frame.stride[1] * frame.pixel, "counters": counters, "outputs": len(signs),
     }  # fmt: skip
     arrays: dict[str, Array] = {
         "starts": cut.starts, "beyond": cut.beyond, "order": np.array(steps.order, np.int32),
-        "places": (np.concatenate(steps.places) // cut.row_bytes).astype(np.uint16),
+        "places": np.concatenate(steps.places).astype(np.uint16),
         "limits": np.where((least[:, None] >> np.arange(counters)) & 1, 0, ALL).astype(np.uint32),
         "turn": np.where(turn[rows], ALL, 0).astype(np.uint32),
     }  # fmt: skip
-    planes = (len(cut.variants) * cut.words * WORD + 2 + len(signs)) * cut.plane_bytes
-    return Tables(numbers, arrays, planes + steps.slots * counters * WALKED)
+    units = cut.constant + 2 * cut.units + len(signs) * cut.band + steps.slots * counters * PAIR
+    return Tables(numbers, arrays, UNIT * units)
 
 
 class _Steps:
@@ -110,20 +112,27 @@ class _Steps:
 def _eights(cut: _Cut, differing: Array, ones: bool) -> Array:
     """Planes of these places, filled up with planes that add nothing."""
     missing = -len(differing) % TOGETHER
-    return np.concatenate([cut.offsets[differing], np.full(missing, cut.constant + (0 if ones else cut.plane_bytes))])
+    return np.concatenate([cut.offsets[differing], np.full(missing, cut.constant + (0 if ones else cut.units))])
 
 
 class _Cut:
-    """Which planes there are: one for each channel and variant, which is a column of the kernel and a phase of rows."""
+    """Which planes there are: one for each channel and variant, which is a column of the kernel and a phase of rows.
+
+    Attributes:
+        tile, row_bytes, rows: pixels of a row that are computed at once, their bytes, and how many rows a unit holds.
+        band, units: units of results that are computed at once, and of a plane.
+        offsets: unit of each place of the kernel.
+        constant: unit of the plane of zeros; that of ones follows it.
+    """
 
     def __init__(self, frame: Frame, inputs: int, rows: int, columns: int) -> None:
         shifts = [divmod(row * frame.dilation[0], frame.stride[0]) for row in range(rows)]
         self.variants = sorted({(phase, column) for _, phase in shifts for column in range(columns)})
-        self.words, self.row_bytes = -(-inputs // WORD), -(-frame.width // 8)
-        deepest = max(down for down, _ in shifts)
-        self.band = min(frame.height, max(1, WALKED // self.row_bytes))
-        walked = -(-self.band * self.row_bytes // WALKED) * WALKED
-        self.plane_bytes = -(-(walked + deepest * self.row_bytes + 4) // self.row_bytes) * self.row_bytes
+        self.words = -(-inputs // WORD)
+        self.row_bytes, self.rows = _tile(frame.height, frame.width)
+        self.tile = min(8 * self.row_bytes, frame.width)
+        self.band = min(BAND, -(-frame.height // self.rows))
+        self.units = self.band + max(down for down, _ in shifts)
         places = [phase * frame.row + column * frame.dilation[1] * frame.pixel for phase, column in self.variants]
         self.starts = np.array(places, np.int32)
         read = {phase: max(down for down, other in shifts if other == phase) for _, phase in shifts}
@@ -131,6 +140,17 @@ class _Cut:
         channels = np.arange(inputs)[:, None, None]
         variant = np.array([[self.variants.index((p, c)) for c in range(columns)] for _, p in shifts])
         down = np.array([d for d, _ in shifts])[:, None]
-        plane = variant * (self.words * WORD) + channels
-        self.offsets = (plane * self.plane_bytes + down * self.row_bytes).reshape(-1)
-        self.constant = len(self.variants) * self.words * WORD * self.plane_bytes
+        self.offsets = ((variant * (self.words * WORD) + channels) * self.units + down).reshape(-1)
+        self.constant = len(self.variants) * self.words * WORD * self.units
+
+
+def _tile(height: int, width: int) -> tuple[int, int]:
+    """Bytes of a row and rows in a unit with which the fewest units hold an image; the widest of several."""
+    whole = -(-width // 8)
+    found = []
+    for tiles in range(-(-whole // UNIT), whole + 1):
+        each = -(-whole // tiles)
+        rows = (UNIT - -each % 4) // each  # a row is written in fours of bytes
+        found.append((-(-whole // each) * -(-height // rows), -each, rows))
+    _, each, rows = min(found)
+    return -each, rows

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from edgepack.contracts import Census, Exporter, Graph
+from edgepack.errors import nearest
 from edgepack.export._dialects import lower_float
 from edgepack.export._narrow import clipping, has_narrow
+from edgepack.export._onnx_bits import use_binary
 from edgepack.export._onnx_census import census
 from edgepack.export._onnx_form import LIMIT_BYTES, to_onnx
 from edgepack.export._onnx_integer import TARGETS, fused, here, hold_integers, name_pools
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 MODEL = "model.onnx"
 OPSETS = range(18, 24)
+BINARY = ("float", "packed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,9 @@ class Onnx(Exporter):
             byte (INT4, which needs operator set 21, so an older ``opset`` is raised). ONNX Runtime makes bytes of them
             when it loads the file, and then runs the same operators as with ``fast``: the same values in bytes, for
             engines without INT4.
+        binary: how layers of ±1 are written: ``float``, ordinary operators that compute the same whole numbers
+            anywhere, or ``packed``, edgepack's own operator with a bit per weight, computed by XNOR and popcount. Such
+            a file loads in edgepack's ONNX Runtime engine, which compiles the operator with the system's C compiler.
     """
 
     format: ClassVar[str] = "onnx"
@@ -47,6 +53,7 @@ class Onnx(Exporter):
     opset: int = 20
     target: str = "x86"
     weights: str | None = None
+    binary: str = "float"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +61,10 @@ class Onnx(Exporter):
             raise ValueError(f"opset is {OPSETS[0]} to {OPSETS[-1]}, not {self.opset}")
         if self.target not in TARGETS:
             raise ValueError(f"target is 'x86' or 'arm', not {self.target!r}")
+        if self.binary not in BINARY:
+            raise ValueError(
+                f"binary is one of {', '.join(BINARY)}, not {self.binary!r}; {nearest(self.binary, BINARY)}"
+            )
         check_form(self.weights)
 
     def lower(self, graph: Graph, plan: Plan) -> Graph:
@@ -65,20 +76,30 @@ class Onnx(Exporter):
 
     def write(self, simulation: Graph, folder: Path) -> Census:
         model = self._model(simulation)
+        integers = simulation.dialect in TARGETS[self.target].forms.values()
+        notes = [] if integers else self._bits(model)
         left_bytes = store_half(model.graph) if self.precision == "float16" else 0
         if simulation.dialect == TARGETS[self.target].name:
             name_pools(model.graph)
-        slim(model)
-        if self.normalize:
-            _describe(model, simulation)
-        (folder / MODEL).write_bytes(_checked(model))
-        notes = [f"{left_bytes} bytes of biases and constants stay float32"] if left_bytes else []
-        if simulation.dialect in TARGETS[self.target].forms.values():
+        self._store(model, simulation, folder / MODEL)
+        notes += [f"{left_bytes} bytes of biases and constants stay float32"] if left_bytes else []
+        if integers:
             hold_integers(folder / MODEL, simulation)
             notes += [*fused(folder / MODEL, simulation), *here(self.target)[1], *transposed(simulation)]
             if packs(self.weights, simulation):
                 notes += hold_packed(packed_values(folder / MODEL), simulation, integers_too=True)
+            notes += self._bits(model)  # the engine counted fused operators in a file without ours
+            self._store(model, simulation, folder / MODEL)
         return census(folder / MODEL, notes)
+
+    def _bits(self, model: onnx.ModelProto) -> list[str]:
+        return use_binary(model) if self.binary == "packed" else []
+
+    def _store(self, model: onnx.ModelProto, simulation: Graph, path: Path) -> None:
+        slim(model)
+        if self.normalize:
+            _describe(model, simulation)
+        path.write_bytes(_checked(model))
 
     def _model(self, simulation: Graph) -> onnx.ModelProto:
         forms = TARGETS[self.target].forms

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgepack.contracts import Arrays, Runtime, Session, Step
 from edgepack.errors import InputError, Unsupported, require
+from edgepack.runtimes import _onnx_operators
 from edgepack.runtimes._inputs import Gate
 from edgepack.versions import installed
 
@@ -37,7 +38,7 @@ class Onnxruntime(Runtime):
 
     def load(self, artifact: Artifact, threads: int | None = None) -> Session:
         ort = require("onnxruntime", "onnx-run")
-        path, options = artifact.file(".onnx"), self._options(ort, threads)
+        path, options = artifact.file(".onnx"), self._options(ort, threads, artifact)
         if artifact.manifest.format in self.proves:
             # It would round float biases to integers, which the other engine does not.
             options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -59,7 +60,7 @@ class Onnxruntime(Runtime):
         ports = {port.name for port in model.graph.output}
         inner = [name for node in model.graph.node for name in node.output if name and name not in ports]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner)
-        options = replace(self, optimize=False)._options(ort, None)
+        options = replace(self, optimize=False)._options(ort, None, artifact)
         engine = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         names = [port.name for port in engine.get_outputs()]
         values = dict(zip(names, engine.run(names, dict(inputs)), strict=True))
@@ -74,7 +75,7 @@ class Onnxruntime(Runtime):
             for node in model.graph.node
         ]
 
-    def _options(self, ort: Any, threads: int | None) -> Any:
+    def _options(self, ort: Any, threads: int | None, artifact: Artifact) -> Any:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
@@ -82,6 +83,8 @@ class Onnxruntime(Runtime):
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if self.optimize else level.ORT_DISABLE_ALL
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spin else "0")
+        if _onnx_operators.needed(artifact):
+            options.register_custom_ops_library(str(_onnx_operators.operators()))
         return options
 
 

@@ -3,7 +3,7 @@
 #include "bits_levels.h"
 
 #define NN_AVX2_NEEDS (__builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-#define NN_AVX512_NEEDS __builtin_cpu_supports("avx512vpopcntdq")
+#define NN_AVX512_NEEDS (__builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("gfni"))
 #include "choose.h"
 
 #ifdef NN_X86
@@ -33,7 +33,7 @@ void nn_sign_bits(const nn_conv *p, const nn_counts *q, const uint32_t *in, cons
 void nn_tree_bits(const nn_conv *p, const nn_tree *t, const uint32_t *in, unsigned char *scratch, uint32_t *out)
 {
     /* Vectors of AVX-512 would be half empty. */
-    NN_CHOOSE(nn_tree_bits, t->band * t->row_bytes <= 32, (p, t, in, scratch, out))
+    NN_CHOOSE(nn_tree_bits, t->band == 1 && p->height * t->row_bytes <= 32, (p, t, in, scratch, out))
 }
 
 void nn_signs_f32(const nn_walk *w, float reached, float below, const float *one, const float *two, float *out)

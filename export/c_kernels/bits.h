@@ -17,16 +17,18 @@ typedef struct {
     int places;
 } nn_counts;
 
-/* A tree over the outputs: each has the bits of its parent but at some places. A plane holds one bit of every pixel. */
+/* A tree over the outputs: each has the bits of its parent but at some places. A plane holds one bit of every pixel, in units
+ * of 64 bytes: unit v has rows v, v + k, v + 2k … of `row_bytes` each, k being the units that are computed together. So the
+ * rows below those of a unit are another unit, and nothing is read across two of them. */
 typedef struct {
-    int variants, words, row_bytes, plane_bytes; /* planes: per variant of the image and channel, whole rows of pixels */
-    int band;                                    /* rows of results that are computed together */
-    const int32_t *starts, *beyond;              /* per variant: its first word, and how many more rows are read */
-    int step_row, step_pixel;                    /* words from one pixel of a plane to the next */
-    int counters, outputs;                       /* bits of a count */
+    int variants, words;                    /* planes: per variant of the image and channel */
+    int tile, row_bytes, rows, band, units; /* pixels of a row at once; rows in a unit; units of results and of a plane */
+    const int32_t *starts, *beyond;         /* per variant: its first word, and how many more rows are read */
+    int step_row, step_pixel;               /* words from one pixel of a plane to the next */
+    int counters, outputs;                  /* bits of a count */
     const int32_t *order;   /* per output: itself, its parent's slot or -1, its own or -1, eights of planes that count
                                where they are 1, eights where they are 0, bits of their sum */
-    const uint16_t *places; /* these planes, in rows of pixels */
+    const uint16_t *places; /* these planes, in units */
     const uint32_t *limits; /* per output and bit of the counter: all ones where its limit has a 0 */
     const uint32_t *turn;   /* per output: all ones where its bits are turned */
 } nn_tree;

@@ -108,5 +108,6 @@ TARGET static INLINE B b_some(B a, B b, B c)
 }
 #define AGAIN(p) (p)
 #include "bits_turn.h"
+#include "bits_turn_rows.h"
 #include "bits_tree.h"
 #endif

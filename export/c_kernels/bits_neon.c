@@ -102,5 +102,6 @@ static INLINE B b_most(B a, B b, B c) { return vbslq_u8(veorq_u8(b, c), a, b); }
 static INLINE B b_some(B a, B b, B c) { return vbslq_u8(veorq_u8(b, c), a, vmvnq_u8(b)); }
 #define AGAIN(p) (p)
 #include "bits_turn_plain.h"
+#include "bits_turn_rows.h"
 #include "bits_tree.h"
 #endif

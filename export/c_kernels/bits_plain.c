@@ -96,4 +96,5 @@ static INLINE B b_most(B a, B b, B c) { return b ^ ((b ^ c) & (a ^ b)); } /* b w
 static INLINE B b_some(B a, B b, B c) { return ~b ^ ((b ^ c) & ~(a ^ b)); }
 #define AGAIN(p) (p)
 #include "bits_turn_plain.h"
+#include "bits_turn_rows.h"
 #include "bits_tree.h"
