@@ -69,6 +69,9 @@ class Quantize(Pass):
         rounding_seconds: longest time for ``adaround``; layers it does not suffice for are as good as with ``gptq``.
         group_size: with 4-bit weights and float activations: columns that share a scale, in linear layers and 1×1
             convolutions whose rows are made of such groups; 16 or more, a power of two. None: one scale per row.
+        codebook: with 4-bit weights and float activations: output channels that share a table of 16 values, found by
+            k-means, in place of evenly spaced steps; one table for layers with no more channels. In Core ML, where
+            more than one table per layer needs iOS 18. None: no tables.
         equalize: bring the channels between two layers, or between a layer norm and the linear layers behind it, to
             one size where that leaves the network the same.
         bias_correct: take the mean error of each output channel out of its bias.
@@ -94,6 +97,7 @@ class Quantize(Pass):
     rounding: str = "gptq"
     rounding_seconds: float = 600.0
     group_size: int | None = None
+    codebook: int | None = None
     equalize: bool = True
     bias_correct: bool = True
     explain: bool = True
@@ -185,6 +189,8 @@ class Quantize(Pass):
             raise ValueError(f"{bad[0]}: a share is above 0 and at most 1")
         if self.group_size is not None:
             self._check_groups(self.group_size)
+        if self.codebook is not None:
+            self._check_codebook(self.codebook)
         if self.limits and self.target is not None:
             raise ValueError(
                 f"target = {self.target!r} has its own bits for some layers: leave {', '.join(self.limits)}"
@@ -195,6 +201,16 @@ class Quantize(Pass):
             raise ValueError(f"group_size is a power of two from {LEAST_GROUP}, not {size}")
         if self.weight_bits != FOUR or self.form != "float":
             raise ValueError("group_size needs weight_bits = 4 and float activations (no activation_bits)")
+
+    def _check_codebook(self, channels: int) -> None:
+        if channels < 1:
+            raise ValueError(f"codebook is a number of channels from 1, not {channels}")
+        if self.weight_bits != FOUR or self.form != "float":
+            raise ValueError("codebook needs weight_bits = 4 and float activations (no activation_bits)")
+        if self.group_size is not None:
+            raise ValueError("codebook gives tables in place of scales: leave group_size out")
+        if self.rounding == "adaround":
+            raise ValueError("rounding = 'adaround' learns steps of a grid, and codebook has none: 'gptq' or 'nearest'")
 
     @property
     def limits(self) -> dict[str, float]:

@@ -57,6 +57,7 @@ class Dialect:
         twins: the first convolution of a skip is computed twice where other sums read it as well: in float for the one
             that stays float, in integers for the rest.
         grouped: weights beside float activations may have a scale per group of columns.
+        tables: weights beside float activations may be looked up in tables of values.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Dialect:
     twins: bool = False
     grouped: bool = False
     narrow: bool = False
+    tables: bool = False
 
     @property
     def forms(self) -> dict[str, str]:
