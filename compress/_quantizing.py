@@ -26,7 +26,7 @@ from edgepack.compress._codebook import sharing, tabled_words
 from edgepack.compress._correct import Correction, channel_means, sample
 from edgepack.compress._emulation import Emulation, Variant
 from edgepack.compress._graph import argument, named, operator_of, owner_path, shape
-from edgepack.compress._grid import limits, top, weight_scale
+from edgepack.compress._grid import limits, multipliers, top, weight_scale
 from edgepack.compress._groups import grouped_words, scale_of
 from edgepack.compress._masks import nonzero, renew_masks, sparse_layers
 from edgepack.compress._mixing import mixing, sentence
@@ -176,7 +176,7 @@ class Quantizing:
         for name, (low, high) in ends.items():
             if not (abs(low) < 1e30 and abs(high) < 1e30):  # NaN fails too
                 raise InputError(f"quantize: {name} is not finite on the calibration data")
-        if self.options.calibrate == "minmax":
+        if self.options.calibrate == "minmax" or self._wide:  # with 65,536 steps, none is too coarse
             seen = {name: Histogram(*pair, torch.zeros(1).numpy()) for name, pair in ends.items()}
             return self._ranges(graph, "minmax", seen)
         self.seen = observe_histograms(graph, self.task, ends, self._progress("calibrating: histograms"))
@@ -209,6 +209,11 @@ class Quantizing:
         most = limits(top(self.bits[node.name]), self.kept.get(node.name))
         weight.copy_(self.rounding.round(node, read, weight, scales[node.name], most))
 
+    @property
+    def _wide(self) -> bool:
+        """Whether activations have more than 8 bits: they are fixed point then."""
+        return (self.options.activation_bits or BITS) > BITS
+
     @functools.cached_property
     def rounding(self) -> Rounding:
         layers = len({id(weight) for weight, _ in self.weights.values()})
@@ -238,7 +243,8 @@ class Quantizing:
             self.weights[node.name] = weight, _floor(bias, ranges[source], self.few.get(node.args[0].name, BITS))
             if id(weight) not in done:
                 bits = wanted[node.name]
-                done[id(weight)] = scale_of(node, *self.weights[node.name], bits, self.options.group_size), bits
+                scale = scale_of(node, *self.weights[node.name], bits, self.options.group_size)
+                done[id(weight)] = multipliers(scale) if self._wide else scale, bits
                 weights[node.name] = weight.data
             scales[node.name], self.bits[node.name] = done[id(weight)]
         if not scales:
@@ -253,11 +259,13 @@ class Quantizing:
         return {node.name: BITS if node in firsts | last else self.options.stored_bits for node in layers}
 
     def _few(self, graph: Graph) -> dict[str, int]:
-        """Node → bits of its result, where they are fewer than 8."""
+        """Node → bits of its result, where they are not 8."""
         bits = self.options.activation_bits or BITS
         if bits == BITS:
             return {}
         module = graph.program.module(check_guards=False)
+        if self._wide:
+            return {node.name: bits for node in module.graph.nodes if floating(node) or _input(node)}
         wanted = self._wanted(module.graph)
 
         def of_weight(node: fx.Node) -> int | None:

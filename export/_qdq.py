@@ -205,6 +205,9 @@ class _Writer:
         known = self._entry(node).get("range") if node in self.names else None
         if known is None:
             raise Unsupported(f"the plan has no range for what {reader.name} reads", "compress again")
+        if known["bits"] > BITS and self.dialect.bits == BITS:
+            raise Unsupported(f"this format has no activations of {known['bits']} bits ({reader.name} reads them)",
+                              "activation_bits = 8 in quantize, or export to tflite")  # fmt: skip
         if known["bits"] < BITS and not self.dialect.narrow:
             raise Unsupported(f"this format has no activations of {known['bits']} bits ({reader.name} reads them)",
                               "activation_bits = 8 in quantize, or export to onnx, openvino or c")  # fmt: skip
@@ -223,7 +226,7 @@ class _Writer:
         import torch
 
         operators = torch.ops.quantized_decomposed
-        kind = torch.int8 if self.dialect.signed else torch.uint8
+        kind = torch.int16 if self.dialect.bits > BITS else torch.int8 if self.dialect.signed else torch.uint8
         how = (grid.step, grid.zero, grid.lowest, grid.highest, kind)
         users = [user for user in node.users if self._reads_integers(user, node)]
         with self.module.graph.inserting_after(node):
