@@ -29,7 +29,8 @@ def codes_of(values: Array, tables: Array, name: str) -> Array:
                        for table, row in zip(tables, rows, strict=True)])  # fmt: skip
     if not np.array_equal(np.take_along_axis(tables, places, 1), rows):
         raise InputError(f"the weight {name} is not of the values in the table that the plan gives", "compress again")
-    return (places + tables.shape[1] * np.arange(len(tables))[:, None]).reshape(values.shape)
+    codes: Array = places + tables.shape[1] * np.arange(len(tables))[:, None]
+    return codes.reshape(values.shape)
 
 
 def looked_up(module: GraphModule, reader: Node, name: str, codes: Array, tables: Array) -> Node:
