@@ -104,7 +104,7 @@ def scored(case: Case, format: str, kind: str) -> Row:
         "size_bytes": first.size_bytes,
         "size_ratio": round(first.size_bytes / case.float_bytes, 4),
         "weights_ratio": round(weights / case.float_bytes, 4) if weights else None,
-        "int4_bytes": first.manifest.census["weight_bytes"].get("int4", 0),
+        "int4_bytes": sum(first.manifest.census["weight_bytes"].get(kind, 0) for kind in ("int4", "uint4")),
         "dialect": first.manifest.dialect,
         "compress_seconds": round(seconds, 1),
     }

@@ -75,9 +75,11 @@ def sums_of(simulation: Graph) -> dict[str, int]:
     module = simulation.program.module(check_guards=False)
     sums = {}
     for node in module.graph.nodes:
-        if len(node.args) > 2 and all("dequantize_per_channel" in str(_target(given)) for given in node.args[1:3]):
-            weight, bias = (_attribute(module, given.args[0]).numpy() for given in node.args[1:3])
-            sums[str(node.args[1].args[0].target).removesuffix("_integers")] = largest_sum(weight, bias)
+        stored: list[Any] = [given for given in node.args[1:3] if "dequantize_per_channel" in str(_target(given))]
+        if stored:
+            weight, *bias = (_attribute(module, given.args[0]).numpy() for given in stored)
+            name = str(stored[0].args[0].target).removesuffix("_integers")
+            sums[name] = largest_sum(weight, bias[0] if bias else np.zeros(1))
     return sums
 
 

@@ -160,6 +160,8 @@ class _Rewriter:
         else:
             operator.inputs = [self.twins.get(int(tensor), int(tensor)) for tensor in operator.inputs]
             self._version(operator, word, stored)
+            if word == "ADD" and self._wide(stored):
+                operator.builtinOptions.potScaleInt16 = False  # or TFLite wants one part to have the sum's own step
         operator.outputs = [stored]
         return True
 

@@ -45,6 +45,9 @@ class Block(nn.Module):
         torch.manual_seed(0)
         self.first = nn.Conv2d(5, 16, 3, padding=1)
         self.one, self.two = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        with torch.no_grad():
+            self.two.weight.mul_(30.0)  # a part of the sum has a step of its own, and the sum a third
+            self.two.bias.add_(0.25)
         self.depth = nn.Conv2d(16, 16, 3, groups=16, stride=2, padding=1)
         self.point = nn.Conv2d(16, 24, 1)
         self.head = nn.Linear(24, 7)
@@ -153,6 +156,10 @@ def test_weighted_operators_and_sums_read_integers_of_sixteen_bits(artifact: Art
     assert kinds["DEPTHWISE_CONV_2D"] == [weighted]
     assert kinds["FULLY_CONNECTED"] == [weighted]
     assert kinds["ADD"] == [[types.INT16] * 3]
+    steps = [main.tensors[int(t)].quantization.scale[0] for operator in main.operators
+             if words[model.operatorCodes[operator.opcodeIndex].builtinCode] == "ADD"
+             for t in (*operator.inputs, *operator.outputs)]  # fmt: skip
+    assert len(set(steps)) > 1
     for tensor in main.tensors:
         if tensor.type == types.INT16:
             fraction, _ = math.frexp(float(tensor.quantization.scale[0]))
