@@ -46,13 +46,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "W4, nearest": {"weight_bits": 4, **NEAREST},
     "W4, AdaRound": {"weight_bits": 4, "rounding": "adaround"},
     "W4, groups of 32": {"weight_bits": 4, "group_size": 32},
+    "W4, tables per 8 channels": {"weight_bits": 4, "codebook": 8},
+    "W4, one table": {"weight_bits": 4, "codebook": 1 << 20},
     "W4A8": {"weight_bits": 4, "activation_bits": 8},
     "W4A8, nearest": {"weight_bits": 4, "activation_bits": 8, **NEAREST},
+    "W8A16": {"weight_bits": 8, "activation_bits": 16},
     "W8A8": {},
 }
 SCORED = tuple(kind for kind in KINDS if kind != "W8A8")
 TARGETS = {"coreml": {"target": "iOS18"}}
-INTERPRETED = 1000  # images, where an interpreter computes
+INTERPRETED = 1000  # images, where an interpreter or one operator after the other computes
 RACERS = (("W8A8", None), ("W4A8", "fast"), ("W4A8", "packed"), ("W4", "packed"))  # all against the first
 RACED = ("onnx", "openvino")
 STORED = RESULTS / "four_bits.json"
@@ -92,7 +95,7 @@ def scored(case: Case, format: str, kind: str) -> Row:
         seconds = max(seconds, spent)
         files.append(written(out, format))
         with ExitStack() as stack:
-            tally.add(number, caller(files[-1], stack), INTERPRETED if format == "coreml" else None)
+            tally.add(number, caller(files[-1], stack), INTERPRETED if format == "coreml" or kind == "W8A16" else None)
     first = files[0]
     assert first.manifest.census is not None
     weights = sum(facts.size_bytes for name, facts in first.manifest.files.items() if name.endswith(".bin"))
@@ -101,7 +104,7 @@ def scored(case: Case, format: str, kind: str) -> Row:
         "size_bytes": first.size_bytes,
         "size_ratio": round(first.size_bytes / case.float_bytes, 4),
         "weights_ratio": round(weights / case.float_bytes, 4) if weights else None,
-        "int4_bytes": first.manifest.census["weight_bytes"].get("int4", 0),
+        "int4_bytes": sum(first.manifest.census["weight_bytes"].get(kind, 0) for kind in ("int4", "uint4")),
         "dialect": first.manifest.dialect,
         "compress_seconds": round(seconds, 1),
     }
@@ -162,7 +165,9 @@ def document(stored: Row) -> str:
         "Real files, each in its own engine (Core ML: interpreted). *W4*: 4-bit weights, float activations, the files "
         "packed. *W4A8*: 8-bit activations beside them, files as each format writes them by default. *nearest*: "
         "without edgepack's rounding and bias correction. *AdaRound*: rounding learned. *Groups*: a scale per 32 "
-        "columns of linear layers and 1×1 convolutions. *Lost*: points of top-1. *Size*: of the files over four "
+        "columns of linear layers and 1×1 convolutions. *Tables*: weights looked up in tables of 16 values found by "
+        "k-means (Core ML's palettized weights). *W8A16*: 8-bit weights, 16-bit activations with one exponent per "
+        "tensor. *Lost*: points of top-1. *Size*: of the files over four "
         "bytes per parameter (OpenVINO: also its `.bin` alone). *Seconds*: of the whole compression, on a machine "
         "with other work. The eight-bit files are in [Eight bits](" + INTEGER_PAGE.name + ").\n"
     )

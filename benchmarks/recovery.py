@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "recovery.json"
 NETWORK = "resnet20 (CIFAR-10)"
 IMAGES, BITS, SPARSITY = 8000, 3, 0.6
-SETTINGS = Tune(epochs=2, batch=64, held_out=400)
+SETTINGS = Tune(epochs=2, batch=64, held_out=400, precision="bfloat16")
 TEACHING = {"labels and teacher": SETTINGS, "teacher alone, no labels": replace(SETTINGS, labels=False)}
 
 
@@ -124,7 +124,7 @@ def document(data: Mapping[str, Any]) -> str:
         settings = row["settings"]
         lines.append(f"| {row['case']} | {row['teaching']} | {100 * row['before']:.2f} % | {100 * row['after']:.2f} % "
                      f"| {100 * regained:.0f} % | {settings['epochs']} epochs of {row['images']:,} images, "
-                     f"{row['seconds']:.0f} s |")  # fmt: skip
+                     f"{settings.get('precision', 'float32')}, {row['seconds']:.0f} s |")  # fmt: skip
     return (
         "# What training regains\n\nWritten by `python benchmarks/recovery.py` from "
         "`benchmarks/results/recovery.json`; do not edit.\n\nResNet-20 on CIFAR-10, top-1 on all "

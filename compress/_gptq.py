@@ -7,6 +7,7 @@ every group of channels has its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from edgepack.compress._operators import aten
 
 DAMPING = 0.01  # of the mean diagonal
 COLUMNS = 8192  # beyond this a Hessian takes half a gigabyte
+Nearest = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
 def second_moments(node: fx.Node, read: Tensor, weight: Tensor) -> Tensor | None:
@@ -48,17 +50,31 @@ def round_in_turn(weight: Tensor, scale: Tensor, moments: Tensor, top: int | Ten
     """Values on the grid with less error of the layer's result than the nearest have; shape and type of ``weight``."""
     groups, columns = moments.shape[0], moments.shape[1]
     most = laid_out(top, weight, moments)
-    rest = weight.detach().double().reshape(groups, -1, columns).clone()
     steps = spread(scale, weight).double().expand_as(weight).reshape(groups, -1, columns)
+
+    def nearest(column: int, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        step = steps[:, :, column]
+        whole = (wanted / step).round().clamp(-most[:, :, column], most[:, :, column])
+        return whole, whole * step
+
+    return in_turn(weight, moments, nearest).to(weight.dtype) * spread(scale, weight)
+
+
+def in_turn(weight: Tensor, moments: Tensor, nearest: Nearest) -> Tensor:
+    """What ``nearest`` makes of each column, the error of every column passed on to those behind it; float64.
+
+    Args:
+        nearest: column, what it should be (groups, rows) → what is kept of it, and the value that stands for.
+    """
+    groups, columns = moments.shape[0], moments.shape[1]
+    rest = weight.detach().double().reshape(groups, -1, columns).clone()
     factor = inverse_factor(moments)
     done = torch.zeros_like(rest)
     for column in range(columns):
-        step = steps[:, :, column]
-        whole = (rest[:, :, column] / step).round().clamp(-most[:, :, column], most[:, :, column])
-        done[:, :, column] = whole
-        error = (rest[:, :, column] - whole * step) / factor[:, column, column, None]
+        done[:, :, column], value = nearest(column, rest[:, :, column])
+        error = (rest[:, :, column] - value) / factor[:, column, column, None]
         rest[:, :, column:] -= error[:, :, None] * factor[:, None, column, column:]
-    return done.reshape(weight.shape).to(weight.dtype) * spread(scale, weight)
+    return done.reshape(weight.shape)
 
 
 def inverse_factor(moments: Tensor) -> Tensor:

@@ -52,6 +52,12 @@ def weight_scale(weight: Tensor, floor: Tensor | float = 0.0, top: int = TOP) ->
     return torch.maximum(best, torch.as_tensor(floor, dtype=best.dtype)).float()
 
 
+def multipliers(scale: Tensor) -> Tensor:
+    """The nearest scales whose binary digits fill 15 places: what engines multiply sums of 16-bit integers by."""
+    fraction, exponent = torch.frexp(scale)
+    return torch.ldexp((fraction * 2**15).round() / 2**15, exponent)
+
+
 def round_to(weight: Tensor, scale: Tensor, top: int | Tensor = TOP) -> Tensor:
     """The nearest values scale × integer, integers from −top to top; ``top`` may differ from weight to weight."""
     steps = spread(scale, weight)

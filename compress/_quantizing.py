@@ -22,10 +22,11 @@ from edgepack.compress._activations import (
     last_layers,
     origin,
 )
+from edgepack.compress._codebook import sharing, tabled_words
 from edgepack.compress._correct import Correction, channel_means, sample
 from edgepack.compress._emulation import Emulation, Variant
 from edgepack.compress._graph import argument, named, operator_of, owner_path, shape
-from edgepack.compress._grid import limits, top, weight_scale
+from edgepack.compress._grid import limits, multipliers, top, weight_scale
 from edgepack.compress._groups import grouped_words, scale_of
 from edgepack.compress._masks import nonzero, renew_masks, sparse_layers
 from edgepack.compress._mixing import mixing, sentence
@@ -63,6 +64,7 @@ class Quantizing:
     weights: dict[str, tuple[Tensor, Tensor | float]] = field(default_factory=dict)  # and their least scales
     few: dict[str, int] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)  # what of weights with a mask is not 0
+    tables: dict[int, Tensor] = field(default_factory=dict)  # id of a weight → values it is looked up in
 
     def run(self, module: nn.Module) -> nn.Module:
         sparse = sparse_layers(self.run_.plan, module, self.task)
@@ -174,7 +176,7 @@ class Quantizing:
         for name, (low, high) in ends.items():
             if not (abs(low) < 1e30 and abs(high) < 1e30):  # NaN fails too
                 raise InputError(f"quantize: {name} is not finite on the calibration data")
-        if self.options.calibrate == "minmax":
+        if self.options.calibrate == "minmax" or self._wide:  # with 65,536 steps, none is too coarse
             seen = {name: Histogram(*pair, torch.zeros(1).numpy()) for name, pair in ends.items()}
             return self._ranges(graph, "minmax", seen)
         self.seen = observe_histograms(graph, self.task, ends, self._progress("calibrating: histograms"))
@@ -198,8 +200,19 @@ class Quantizing:
         weight = weights.pop(node.name, None)
         if weight is None:
             return
+        if self.options.codebook is not None and self.bits[node.name] < BITS:
+            found, self.tables[id(self.weights[node.name][0])] = self.rounding.look_up(
+                node, read, weight, self.options.codebook
+            )
+            weight.copy_(found if node.name not in self.kept else found * self.kept[node.name])
+            return
         most = limits(top(self.bits[node.name]), self.kept.get(node.name))
         weight.copy_(self.rounding.round(node, read, weight, scales[node.name], most))
+
+    @property
+    def _wide(self) -> bool:
+        """Whether activations have more than 8 bits: they are fixed point then."""
+        return (self.options.activation_bits or BITS) > BITS
 
     @functools.cached_property
     def rounding(self) -> Rounding:
@@ -230,7 +243,8 @@ class Quantizing:
             self.weights[node.name] = weight, _floor(bias, ranges[source], self.few.get(node.args[0].name, BITS))
             if id(weight) not in done:
                 bits = wanted[node.name]
-                done[id(weight)] = scale_of(node, *self.weights[node.name], bits, self.options.group_size), bits
+                scale = scale_of(node, *self.weights[node.name], bits, self.options.group_size)
+                done[id(weight)] = multipliers(scale) if self._wide else scale, bits
                 weights[node.name] = weight.data
             scales[node.name], self.bits[node.name] = done[id(weight)]
         if not scales:
@@ -245,11 +259,13 @@ class Quantizing:
         return {node.name: BITS if node in firsts | last else self.options.stored_bits for node in layers}
 
     def _few(self, graph: Graph) -> dict[str, int]:
-        """Node → bits of its result, where they are fewer than 8."""
+        """Node → bits of its result, where they are not 8."""
         bits = self.options.activation_bits or BITS
         if bits == BITS:
             return {}
         module = graph.program.module(check_guards=False)
+        if self._wide:
+            return {node.name: bits for node in module.graph.nodes if floating(node) or _input(node)}
         wanted = self._wanted(module.graph)
 
         def of_weight(node: fx.Node) -> int | None:
@@ -280,11 +296,9 @@ class Quantizing:
                 low, high = ranges[name]
                 entry["range"] = {"low": low, "high": high, "bits": self.few.get(node.name, BITS)}
             if node.name in scales:
-                grouped = {"group_size": self.options.group_size} if scales[node.name].dim() > 1 else {}
-                entry["weight"] = {"bits": self.bits[node.name], "axis": 0, **grouped}
+                entry["weight"] = self._plan_weight(node.name, scales[node.name])
                 if form != "static":
                     entry["activations"] = form
-                plan.tensors[f"{node.name}/weight_scale"] = scales[node.name].numpy()
             if node.name in self.left:
                 entry["float"] = self.left[node.name]
             plan.nodes[name] = entry
@@ -293,7 +307,19 @@ class Quantizing:
             raise AssertionError(f"captured again, the network lacks {sorted(missing)}")
         counts = Counter(max(self.bits[name], self.options.widths[-1]) for name in scales)
         said = ", ".join(f"{bits}-bit weights in {count} layers" for bits, count in sorted(counts.items()))
-        self.run_.note(f"{said}{grouped_words(scales, self.options.group_size)}, {len(self.left)} left in float")
+        said += grouped_words(scales, self.options.group_size) + tabled_words(len(self.tables), self.options.codebook)
+        self.run_.note(f"{said}, {len(self.left)} left in float")
+
+    def _plan_weight(self, name: str, scale: Tensor) -> dict[str, Any]:
+        """What the plan says of an operator's weight; its scales or tables become tensors of the plan."""
+        entry: dict[str, Any] = {"bits": self.bits[name], "axis": 0}
+        weight = self.weights[name][0]
+        if (table := self.tables.get(id(weight))) is not None:
+            self.run_.plan.tensors[f"{name}/weight_table"] = table.numpy()
+            assert self.options.codebook is not None
+            return {**entry, "codebook": sharing(len(weight), self.options.codebook)}
+        self.run_.plan.tensors[f"{name}/weight_scale"] = scale.numpy()
+        return {**entry, "group_size": self.options.group_size} if scale.dim() > 1 else entry
 
     def _learn(self, module: nn.Module, graph: Graph, ranges: dict[str, Range], scales: dict[str, Tensor]) -> None:
         """Train weights and grids together, from what they are now on; all of them are changed in place."""

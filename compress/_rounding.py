@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 
 from edgepack.compress._adaround import AdaRound
+from edgepack.compress._codebook import look_up, tables_of
 from edgepack.compress._gptq import round_in_turn, second_moments
 from edgepack.compress._grid import round_to
 
@@ -41,6 +42,12 @@ class Rounding:
         if self.learning is None:
             self.learning = AdaRound(self.seconds, self.layers, self.progress("learning to round", self.layers))
         return self.learning.round(weight, scale, moments, top)
+
+    def look_up(self, node: fx.Node, read: Tensor, weight: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+        """The weight in values of tables that so many output channels share, and the tables (tables, 16)."""
+        moments = None if self.method == NEAREST else second_moments(node, read, weight)
+        tables = tables_of(weight, moments, channels)
+        return look_up(weight, tables, moments), tables
 
     @property
     def notes(self) -> list[str]:

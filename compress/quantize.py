@@ -18,6 +18,7 @@ CALIBRATIONS = ("minmax", "percentile", "mse", "entropy")
 ACTIVATIONS = ("static", "dynamic", "auto")
 TARGETS = ("avx2",)
 FOUR, LEAST_GROUP = 4, 16
+WIDE = 16  # bits of activations in dynamic fixed point
 MIXED = (8, 4)  # bits that files have a type for
 ROUNDINGS = ("nearest", "gptq", "adaround")
 METHODS = ("ptq", "qat")
@@ -53,7 +54,8 @@ class Quantize(Pass):
         activation_bits: with ``weight_bits``: of activations; 8, or left out to leave them float: files of a quarter
             of the size that compute in float. 4, beside 4-bit weights: what layers with such weights multiply has 16
             levels; layers that read an input of the network or give its output keep 8 bits, and so does what no
-            layer multiplies. In ONNX, OpenVINO and C.
+            layer multiplies. In ONNX, OpenVINO and C. 16, beside 8-bit weights: dynamic fixed point, 16-bit integers
+            with one exponent per tensor, for networks that 8 bits hurt: nearly exact, and slow; in TFLite.
         method: ``ptq``: after training, from calibration data alone. ``qat``: the network is then trained further with
             all of this rounding, and learns weights, biases, steps and ranges. Needs the extra ``qat``.
         tune: of ``qat``: how to train. Without it: 5 epochs with AdamW, which suits learned steps, following the
@@ -69,6 +71,9 @@ class Quantize(Pass):
         rounding_seconds: longest time for ``adaround``; layers it does not suffice for are as good as with ``gptq``.
         group_size: with 4-bit weights and float activations: columns that share a scale, in linear layers and 1×1
             convolutions whose rows are made of such groups; 16 or more, a power of two. None: one scale per row.
+        codebook: with 4-bit weights and float activations: output channels that share a table of 16 values, found by
+            k-means, in place of evenly spaced steps; one table for layers with no more channels. In Core ML, where
+            more than one table per layer needs iOS 18. None: no tables.
         equalize: bring the channels between two layers, or between a layer norm and the linear layers behind it, to
             one size where that leaves the network the same.
         bias_correct: take the mean error of each output channel out of its bias.
@@ -94,6 +99,7 @@ class Quantize(Pass):
     rounding: str = "gptq"
     rounding_seconds: float = 600.0
     group_size: int | None = None
+    codebook: int | None = None
     equalize: bool = True
     bias_correct: bool = True
     explain: bool = True
@@ -124,6 +130,8 @@ class Quantize(Pass):
             raise ValueError(f"target = {self.target!r} is for 8-bit weights: products of 4-bit ones do not saturate")
         if self.target is not None and self.form != "static":
             raise ValueError(f"target = {self.target!r} needs activations in fixed ranges: activations = 'static'")
+        if self.target is not None and self.activation_bits == WIDE:
+            raise ValueError(f"target = {self.target!r} is for 8-bit activations: 16-bit ones are no bytes")
         if isinstance(self.leave, str) or not all(isinstance(name, str) and name for name in self.leave):
             raise ValueError(f"leave is a list of layer names or patterns, not {self.leave!r}")
         object.__setattr__(self, "leave", tuple(self.leave))
@@ -141,10 +149,10 @@ class Quantize(Pass):
 
     def _check_bits(self) -> None:
         for name in ("bits", "weight_bits", "activation_bits"):
-            allowed = (8,) if name == "bits" else (4, 8)
+            allowed = {"bits": (8,), "weight_bits": (4, 8), "activation_bits": (4, 8, WIDE)}[name]
             given = getattr(self, name)
             if given not in (None, *allowed) and not (name == "weight_bits" and isinstance(given, (list, tuple))):
-                said = " or ".join(map(str, allowed))
+                said = " or ".join(filter(None, (", ".join(map(str, allowed[:-1])), str(allowed[-1]))))
                 raise ValueError(f"{name} is {said}, not {getattr(self, name)!r}")
         if self.bits is not None and (self.weight_bits is not None or self.activation_bits is not None):
             raise ValueError("bits is for weights and activations; give it, or weight_bits with activation_bits")
@@ -152,6 +160,8 @@ class Quantize(Pass):
             raise ValueError("activation_bits needs weight_bits")
         if self.activation_bits == 4 and (self.weight_bits != 4 or self.activations != "static"):
             raise ValueError("activation_bits = 4 is for weight_bits = 4 and activations = 'static'")
+        if self.activation_bits == WIDE and (self.weight_bits != 8 or self.activations != "static"):
+            raise ValueError("activation_bits = 16 is for weight_bits = 8 and activations = 'static'")
 
     def _check_method(self) -> None:
         if self.method not in METHODS:
@@ -165,6 +175,8 @@ class Quantize(Pass):
             raise ValueError("tune.features name layers, and method = 'qat' trains the graph of operators")
         if self.method == "qat" and self.target is not None:
             raise ValueError(f"target = {self.target!r} is for method = 'ptq'")
+        if self.method == "qat" and self.activation_bits == WIDE:
+            raise ValueError("activation_bits = 16 leaves nothing to train: method = 'ptq'")
 
     @property
     def training(self) -> Tune:
@@ -185,6 +197,8 @@ class Quantize(Pass):
             raise ValueError(f"{bad[0]}: a share is above 0 and at most 1")
         if self.group_size is not None:
             self._check_groups(self.group_size)
+        if self.codebook is not None:
+            self._check_codebook(self.codebook)
         if self.limits and self.target is not None:
             raise ValueError(
                 f"target = {self.target!r} has its own bits for some layers: leave {', '.join(self.limits)}"
@@ -195,6 +209,16 @@ class Quantize(Pass):
             raise ValueError(f"group_size is a power of two from {LEAST_GROUP}, not {size}")
         if self.weight_bits != FOUR or self.form != "float":
             raise ValueError("group_size needs weight_bits = 4 and float activations (no activation_bits)")
+
+    def _check_codebook(self, channels: int) -> None:
+        if channels < 1:
+            raise ValueError(f"codebook is a number of channels from 1, not {channels}")
+        if self.weight_bits != FOUR or self.form != "float":
+            raise ValueError("codebook needs weight_bits = 4 and float activations (no activation_bits)")
+        if self.group_size is not None:
+            raise ValueError("codebook gives tables in place of scales: leave group_size out")
+        if self.rounding == "adaround":
+            raise ValueError("rounding = 'adaround' learns steps of a grid, and codebook has none: 'gptq' or 'nearest'")
 
     @property
     def limits(self) -> dict[str, float]:

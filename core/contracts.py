@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from edgepack.task import Task
 
 FLOAT_LIMIT = 1e-4  # max|a−b| / max|b| of a float artifact against its simulation
-INTEGERS = ("u8", "s8", "d8")  # what the name of an integer dialect begins with
+INTEGERS = ("u8", "s8", "d8", "s16")  # what the name of an integer dialect begins with
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
 

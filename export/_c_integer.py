@@ -59,7 +59,8 @@ def lower_integers(graph: Graph, plan: Plan) -> Graph:
     simulation = quantized(graph, harmonized(graph, plan), DIALECT)
     if simulation.dialect != DIALECT.name:
         raise Unsupported(
-            "the C target has no integer weights beside float activations", "activations = 'static' in quantize"
+            "the C target has no integer weights beside float activations",
+            "activation_bits = 8 and activations = 'static' in quantize",
         )
     module = simulation.program.module(check_guards=False)
     _Exact(module).run()

@@ -15,6 +15,7 @@ from edgepack.export._coreml_groups import merge_groups
 from edgepack.export._coreml_half import exact
 from edgepack.export._coreml_program import spelled_out
 from edgepack.export._coreml_sparse import store_sparse
+from edgepack.export._coreml_tables import merge_tables
 from edgepack.graph import recapture
 from edgepack.silence import silence
 
@@ -41,7 +42,7 @@ def convert(graph: Graph, package: Path, target: str, half: bool) -> None:
     Raises:
         Unsupported: an operator has no Core ML form; names it.
     """
-    planar = merge_groups(_planar(graph))
+    planar = merge_tables(merge_groups(_planar(graph)))
     with silence():  # coremltools draws progress bars and says which versions it was tested with
         ct = require("coremltools", "coreml")
         pipeline = ct.PassPipeline.DEFAULT

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from edgepack.errors import ParityError, Unsupported
+from edgepack.export._coreml_tables import refuse_tables
 from edgepack.export._integer_dialect import (
     ADDITIONS,
     CONVOLUTIONS,
@@ -48,6 +49,7 @@ COREML = Centred(
     both=NORMS,
     float_bias=CONVOLUTIONS | PRODUCTS,
     slow=narrow_depthwise,
+    tables=True,
 )
 WEIGHTS = "w8"
 CENTRED = 1.25  # times the step of a grid with a zero point; behind a leaky ReLU it would be about 2
@@ -81,6 +83,7 @@ def simulated(graph: Graph, plan: Plan, weights_only: bool, target: str) -> Grap
                 f"coreml: iOS16 cannot compute {name} in 8 bits",
                 "target = 'iOS17' or later, or activations = 'float' (weights only)",
             )
+    refuse_tables(plan, target)
     simulation = quantized(graph, plan, replace(COREML, grouped=target == "iOS18"))
     return simulation if "static" in forms.values() else replace(simulation, dialect=WEIGHTS)
 

@@ -56,7 +56,9 @@ class Dialect:
         narrow: activations of fewer than 8 bits are computed: integers saturate where their few bits end.
         twins: the first convolution of a skip is computed twice where other sums read it as well: in float for the one
             that stays float, in integers for the rest.
+        bits: of activations, the most.
         grouped: weights beside float activations may have a scale per group of columns.
+        tables: weights beside float activations may be looked up in tables of values.
     """
 
     name: str
@@ -77,6 +79,8 @@ class Dialect:
     twins: bool = False
     grouped: bool = False
     narrow: bool = False
+    tables: bool = False
+    bits: int = 8
 
     @property
     def forms(self) -> dict[str, str]:

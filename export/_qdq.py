@@ -20,6 +20,7 @@ from edgepack.export._dialects import _assign, _attribute, _drop_unused, retrace
 from edgepack.export._ends import skip_sum
 from edgepack.export._integer_dialect import ADDITIONS, CONVOLUTIONS, MULTIPLICATIONS, SIGMOID, Dialect, Grid
 from edgepack.export._products import drop_ones, split_silu
+from edgepack.export._tables import codes_of, looked_up
 
 if TYPE_CHECKING:
     import torch
@@ -204,6 +205,9 @@ class _Writer:
         known = self._entry(node).get("range") if node in self.names else None
         if known is None:
             raise Unsupported(f"the plan has no range for what {reader.name} reads", "compress again")
+        if known["bits"] > BITS and self.dialect.bits == BITS:
+            raise Unsupported(f"this format has no activations of {known['bits']} bits ({reader.name} reads them)",
+                              "activation_bits = 8 in quantize, or export to tflite")  # fmt: skip
         if known["bits"] < BITS and not self.dialect.narrow:
             raise Unsupported(f"this format has no activations of {known['bits']} bits ({reader.name} reads them)",
                               "activation_bits = 8 in quantize, or export to onnx, openvino or c")  # fmt: skip
@@ -222,7 +226,7 @@ class _Writer:
         import torch
 
         operators = torch.ops.quantized_decomposed
-        kind = torch.int8 if self.dialect.signed else torch.uint8
+        kind = torch.int16 if self.dialect.bits > BITS else torch.int8 if self.dialect.signed else torch.uint8
         how = (grid.step, grid.zero, grid.lowest, grid.highest, kind)
         users = [user for user in node.users if self._reads_integers(user, node)]
         with self.module.graph.inserting_after(node):
@@ -243,8 +247,11 @@ class _Writer:
         """Weight and bias of one operator as integers."""
         weight: Any = node.args[1]
         bias: Any = node.args[2] if len(node.args) > 2 else None
-        scale = self.plan.tensors[f"{self.names[node]}/weight_scale"]
         where = str(weight.target)
+        if (tables := self.plan.tensors.get(f"{self.names[node]}/weight_table")) is not None:
+            node.update_arg(1, self._tables(node, where, self._values(weight), tables, shared))
+            return
+        scale = self.plan.tensors[f"{self.names[node]}/weight_scale"]
         if scale.ndim > 1:
             node.update_arg(1, self._groups(node, where, self._values(weight), scale, shared))
             return
@@ -271,6 +278,20 @@ class _Writer:
         wide = self._integers(node, where, _on_grid(rows, flat, where), flat, shared)
         with self.module.graph.inserting_before(node):
             return self.module.graph.call_function(torch.ops.aten.view.default, (wide, list(values.shape)))
+
+    def _tables(
+        self, node: Node, where: str, values: Array, tables: Array, shared: dict[tuple[str, str], Node]
+    ) -> Node:
+        """A weight looked up in tables of values."""
+        if not self.dialect.tables:
+            raise Unsupported(
+                f"this format has no weights that are looked up in tables ({where})",
+                "export to coreml, or leave codebook out in quantize",
+            )
+        key = where, "looked up"
+        if key not in shared:
+            shared[key] = looked_up(self.module, node, where, codes_of(values, tables, where), tables)
+        return shared[key]
 
     def _integers(
         self, reader: Node, name: str, whole: Array, scale: Array, shared: dict[tuple[str, str], Node]

@@ -16,6 +16,8 @@ from edgepack.errors import ParityError, require
 from edgepack.export._alignment import aligned, word
 from edgepack.export._dialects import _assign, _attribute, _groups, retrace
 from edgepack.export._ends import skip_into
+from edgepack.export._fixed_point import BITS as FIXED_BITS
+from edgepack.export._fixed_point import FixedPoint, hold_sums, largest_sum
 from edgepack.export._integer_dialect import ADDITIONS, CONVOLUTIONS, LEAKY, RELUS, Dialect, narrow_depthwise
 from edgepack.export._probed import probed
 from edgepack.export._qdq import quantized
@@ -41,7 +43,9 @@ TFLITE = Dialect(
     signed=True,
     slow=stays_float,
 )
-DIALECTS = tuple(TFLITE.forms.values())
+WIDE = FixedPoint("s16s8-tflite", fused=RELUS, integer=ADDITIONS, every_output=CONVOLUTIONS | {"linear"}, signed=True,
+                  bits=FIXED_BITS)  # fmt: skip
+DIALECTS = (*TFLITE.forms.values(), WIDE.name)
 
 
 def here() -> tuple[Dialect, list[str]]:
@@ -51,6 +55,10 @@ def here() -> tuple[Dialect, list[str]]:
 
 def lower_integers(graph: Graph, plan: Plan) -> Graph:
     """The simulation. Raises Unsupported where the plan asks for what TFLite lacks."""
+    if any(entry.get("range", {}).get("bits") == FIXED_BITS for entry in plan.nodes.values()):
+        simulation = quantized(graph, plan, WIDE)
+        hold_sums(sums_of(simulation))
+        return simulation
     graph, plan = with_copies(graph, plan)
     plan = harmonized(graph, plan)
     graph = with_slopes(graph, plan)
@@ -60,6 +68,19 @@ def lower_integers(graph: Graph, plan: Plan) -> Graph:
     nodes = {name: _fixed(entry, forms.get(name)) for name, entry in plan.nodes.items()}
     simulation = quantized(graph, replace(plan, nodes=nodes), here()[0])
     return with_halves(_rounding(simulation, plan, dynamic) if dynamic else simulation)
+
+
+def sums_of(simulation: Graph) -> dict[str, int]:
+    """Weight → the largest sum of products that it can make of 16-bit values."""
+    module = simulation.program.module(check_guards=False)
+    sums = {}
+    for node in module.graph.nodes:
+        stored: list[Any] = [given for given in node.args[1:3] if "dequantize_per_channel" in str(_target(given))]
+        if stored:
+            weight, *bias = (_attribute(module, given.args[0]).numpy() for given in stored)
+            name = str(stored[0].args[0].target).removesuffix("_integers")
+            sums[name] = largest_sum(weight, bias[0] if bias else np.zeros(1))
+    return sums
 
 
 def _form(node: Node, entry: Mapping[str, Any]) -> str:
@@ -163,6 +184,9 @@ def choices(simulation: Graph, weights: Sequence[Weight]) -> list[str]:
                 if word(node) == "conv2d" and node.args[1].op in ("get_attr", "placeholder")]  # fmt: skip
     image, narrow = (sum(map(kind, floating)) for kind in (image_convolution, narrow_depthwise))
     ends = sum(skip_into(node) is not None for node in floating)
+    if simulation.dialect == WIDE.name:
+        return [hold_sums(sums_of(simulation)), "16-bit activations: smaller, not faster; XNNPACK does not take them, "
+                "TFLite's own operators do"]  # fmt: skip
     notes = here()[1] if simulation.dialect in DIALECTS else []
     if simulation.dialect == TFLITE.forms["dynamic"] and static:
         notes.append(
@@ -214,7 +238,7 @@ def _stored(schema: Any, model: Any) -> Iterator[tuple[str, str]]:
         weight = main.tensors[origins.get(place, place)]
         if weight.type not in (schema.TensorType.INT8, schema.TensorType.INT4):
             continue
-        integer = main.tensors[read].type == schema.TensorType.INT8
+        integer = main.tensors[read].type in (schema.TensorType.INT8, schema.TensorType.INT16)
         form = "static" if integer else "float" if place in origins else "dynamic"
         yield form, _fingerprint(constant(schema, model, weight))
 

@@ -88,14 +88,15 @@ class Model:
             self.main.tensors[shape_of].shape,
             self.main.tensors[shape_of].shapeSignature,
         )
-        tensor.type, tensor.buffer = self.kinds.INT8, 0
+        tensor.type, tensor.buffer = self.type(grid_of), 0
         tensor.quantization = self.main.tensors[grid_of].quantization
         self.main.tensors.append(tensor)
         return len(self.main.tensors) - 1
 
     def dequantize(self, source: int, target: int) -> Any:
         operator = self.schema.OperatorT()
-        operator.opcodeIndex = self.code("DEQUANTIZE", 6 if self.type(source) == self.kinds.INT4 else 2)
+        versions = {self.kinds.INT4: 6, self.kinds.INT16: 3}
+        operator.opcodeIndex = self.code("DEQUANTIZE", versions.get(self.type(source), 2))
         operator.inputs, operator.outputs = [source], [target]
         operator.builtinOptionsType = self.schema.BuiltinOptions.DequantizeOptions
         operator.builtinOptions = self.schema.DequantizeOptionsT()

@@ -41,6 +41,11 @@ VERSIONS = {
     "CONV_2D": 3, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 12, "RESHAPE": 1, "SQUEEZE": 1, "EXPAND_DIMS": 1,
     "MUL": 2, "SUB": 2, "SPACE_TO_DEPTH": 2, "DEPTH_TO_SPACE": 2,
 }  # fmt: skip
+# Of those that take int16; what else moves integers of 16 bits stays float.
+WIDE_VERSIONS = {
+    "CONV_2D": 4, "DEPTHWISE_CONV_2D": 5, "FULLY_CONNECTED": 12, "ADD": 4, "RESHAPE": 1, "TRANSPOSE": 4, "PAD": 3,
+    "STRIDED_SLICE": 4, "MAX_POOL_2D": 3, "QUANTIZE": 3,
+}  # fmt: skip
 HYBRID_VERSIONS = {"CONV_2D": 5, "DEPTHWISE_CONV_2D": 6, "FULLY_CONNECTED": 12}
 
 
@@ -101,7 +106,7 @@ class _Rewriter:
 
     def _visit(self, operator: Any) -> None:
         word = self.file.word(operator)
-        if word == "DEQUANTIZE" and self.file.type(operator.inputs[0]) == self.file.kinds.INT8:
+        if word == "DEQUANTIZE" and self.file.type(operator.inputs[0]) in (self.file.kinds.INT8, self.file.kinds.INT16):
             self.twins[int(operator.outputs[0])] = int(operator.inputs[0])
         elif word == "QUANTIZE":
             self._quantized(operator)
@@ -119,7 +124,7 @@ class _Rewriter:
                 self.file.replace(stored, self.twins[source])
                 return
             operator.inputs = [self.twins[source]]
-            self.file.version(operator, 2)
+            self._version(operator, "QUANTIZE", stored)
         elif (maker := self._maker(source)) is not None and self._takes_over(maker, source, stored):
             return
         self.made.append(operator)
@@ -154,7 +159,9 @@ class _Rewriter:
             return False
         else:
             operator.inputs = [self.twins.get(int(tensor), int(tensor)) for tensor in operator.inputs]
-            self.file.version(operator, VERSIONS.get(word, 2))
+            self._version(operator, word, stored)
+            if word == "ADD" and self._wide(stored):
+                operator.builtinOptions.potScaleInt16 = False  # or TFLite wants one part to have the sum's own step
         operator.outputs = [stored]
         return True
 
@@ -162,6 +169,8 @@ class _Rewriter:
         floats = [int(t) for t in operator.inputs if self.file.type(t) == self.file.kinds.FLOAT32]
         if not all(tensor in self.twins for tensor in floats):
             return False
+        if self._wide(stored):
+            return word in WIDE_VERSIONS
         if word == "ADD" and any(drowned(self.file.grid(self.twins[t])[0], self.file.grid(stored)[0]) for t in floats):
             return False
         return word not in SAME_GRID or all(
@@ -177,10 +186,18 @@ class _Rewriter:
         axis = WEIGHTED[word]
         weight = self.file.constant(integers, scale, axis, int(operator.inputs[1]))
         steps = (scale * np.float32(self.file.grid(source)[0])).astype(np.float32)
-        bias = self._bias(operator, steps)
+        bias = self._bias(operator, steps, self._wide(source))
         operator.inputs = [source, weight, bias]
-        self.file.version(operator, VERSIONS[word])
+        self._version(operator, word, source)
         return True
+
+    def _wide(self, tensor: int) -> bool:
+        """Whether integers are of 16 bits."""
+        return bool(self.file.type(tensor) == self.file.kinds.INT16)
+
+    def _version(self, operator: Any, word: str, tensor: int) -> None:
+        """Of an operator that computes integers such as this tensor's."""
+        self.file.version(operator, WIDE_VERSIONS[word] if self._wide(tensor) else VERSIONS.get(word, 2))
 
     def _planned(self, operator: Any, word: str, *forms: str) -> tuple[Array, Array] | None:
         values = self.file.values(int(operator.inputs[1]))
@@ -189,13 +206,14 @@ class _Rewriter:
         matches = (weight.stored(values, WEIGHTED[word]) for weight in self.weights if weight.form in forms)
         return next((match for match in matches if match is not None), None)
 
-    def _bias(self, operator: Any, steps: Array) -> int:
+    def _bias(self, operator: Any, steps: Array, wide: bool = False) -> int:
         place = int(operator.inputs[2]) if len(operator.inputs) > 2 else -1
         values = np.zeros(len(steps)) if place < 0 else self.file.values(place)
         if values is None:
             raise AssertionError("a bias is computed")
-        whole = np.clip(np.rint(values.astype(np.float64) / steps), -INT32_MAX, INT32_MAX).astype(np.int32)
-        return self.file.tensor(list(whole.shape), self.file.kinds.INT32, (steps, 0), whole)
+        whole = np.clip(np.rint(values.astype(np.float64) / steps), -INT32_MAX, INT32_MAX)
+        kind, dtype = (self.file.kinds.INT64, np.int64) if wide else (self.file.kinds.INT32, np.int32)
+        return self.file.tensor(list(whole.shape), kind, (steps, 0), whole.astype(dtype))
 
     def _hybrid(self, operator: Any, word: str) -> None:
         """Integer weights for an operator that reads floats: rounded by the engine, or the weights made floats."""
@@ -221,6 +239,8 @@ class _Rewriter:
         picks = self._picks(operator, word)
         if twin is None or not (word in MOVES or picks) or getattr(operator.builtinOptions, ACTIVATION, None):
             return False
+        if self._wide(twin) and word not in WIDE_VERSIONS:
+            return False
         if word == "PADV2" and not self._pads_lowest(operator, twin):
             return False
         operator.inputs[place] = twin
@@ -229,7 +249,7 @@ class _Rewriter:
         outputs = [int(tensor) for tensor in operator.outputs]
         operator.outputs = [self.file.like(tensor, twin) for tensor in outputs]
         if word != "PADV2":
-            self.file.version(operator, VERSIONS.get(word, 2))
+            self._version(operator, word, twin)
         self.made.append(operator)
         for tensor, integers in zip(outputs, operator.outputs, strict=True):
             self.twins[tensor] = integers
@@ -251,9 +271,11 @@ class _Rewriter:
         place, axis = operator.inputs[1], WEIGHTED[word]
         weight = self.file.values(place)
         assert weight is not None
-        one = np.full(weight.shape[axis], np.float32(1 / INT8_MAX), np.float32)
-        integers = self.file.constant((weight * INT8_MAX).astype(np.int8), one, axis, place)
-        operator.inputs = [twin, integers, self._bias(operator, one * np.float32(self.file.grid(twin)[0]))]
+        whole = 1 if self._wide(twin) else INT8_MAX  # 16-bit steps are multiplied exactly by powers of two alone
+        one = np.full(weight.shape[axis], np.float32(1 / whole), np.float32)
+        integers = self.file.constant((weight * whole).astype(np.int8), one, axis, place)
+        steps = one * np.float32(self.file.grid(twin)[0])
+        operator.inputs = [twin, integers, self._bias(operator, steps, self._wide(twin))]
 
     def _pads_lowest(self, operator: Any, twin: int) -> bool:
         """Minus infinity, before a maximum, is the smallest integer."""

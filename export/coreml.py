@@ -95,6 +95,7 @@ class Coreml(Exporter):
         from edgepack.export._coreml_form import convert
         from edgepack.export._coreml_integer import hold_integers
         from edgepack.export._coreml_package import finish
+        from edgepack.export._coreml_tables import hold_tables
 
         package, half = folder / MODEL, simulation.dialect != "float32"
         weights = simulation.program.state_dict.values()
@@ -103,6 +104,7 @@ class Coreml(Exporter):
         finish(package, simulation, self.largest, describe=self.normalize)
         function = read(package)
         hold_integers(function, simulation)
-        found = census(function, half)
-        notes = hold_packed(packed_values(function), simulation, integers_too=True) if self._packed else []
+        found, notes = census(function, half), hold_tables(function, simulation)
+        if self._packed:
+            notes += hold_packed(packed_values(function), simulation, integers_too=True)
         return replace(found, notes=(*found.notes, *notes))

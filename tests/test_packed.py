@@ -23,6 +23,7 @@ from edgepack.contracts import Exporter  # noqa: E402
 from edgepack.errors import ParityError, Unsupported  # noqa: E402
 from edgepack.export import _onnx_packed  # noqa: E402
 from edgepack.export._packed import hold_packed, nibbles, unpacked  # noqa: E402
+from edgepack.export.c import C  # noqa: E402
 from edgepack.export.coreml import Coreml  # noqa: E402
 from edgepack.export.onnx import Onnx  # noqa: E402
 from edgepack.export.openvino import Openvino  # noqa: E402
@@ -162,6 +163,20 @@ def test_coreml_packs_for_systems_that_read_it(form: tuple[str, Path]) -> None:
     assert stored_bytes(packed, "int4") >= sum(PACKED_BYTES.values()) - PACKED_BYTES["depth"]
     assert stored_bytes(fast, "int4") == 0
     assert "weights lie in 4 bits" in said(packed)
+
+
+def test_c_computes_four_bits_in_bytes_beside_integers_alone(form: tuple[str, Path]) -> None:
+    kind, folder = form
+    if kind == "static":
+        parity = export(folder, [C()], Silent())[0].artifact.manifest.parity
+        assert parity.status == "checked"
+        assert parity.max_rel is not None
+        assert parity.max_rel < 1e-6
+        return
+    with pytest.raises(Unsupported, match="the C target has no integer weights beside float activations") as error:
+        export(folder, [C()], Silent())
+    assert error.value.exit_status == 7
+    assert error.value.hint == "activation_bits = 8 and activations = 'static' in quantize"
 
 
 @pytest.mark.parametrize(
