@@ -116,7 +116,7 @@ def race(name: str, options: argparse.Namespace) -> None:
 def calls(options: argparse.Namespace) -> None:
     """Instructions of MobileNetV1, dense and sparse."""
     for share, pattern in ((0.8, "unstructured"), (0.8, "1x2"), (0.8, "1x4"), (0.9, "unstructured"), (0.9, "1x2")):
-        for row in counts(options.work, share, pattern, options.arm):
+        for row in counts(options.work, share, pattern, options.arm, options.only):
             say(f"{row}")
             page.RESULTS.store("calls", row, factorize.facts())
 
@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=("onnx", "openvino", "tflite"))
     parser.add_argument("--seconds", type=float, default=60.0, help="at most, per race")
     parser.add_argument("--arm", type=Path)
+    parser.add_argument("--only", nargs="+", default=(), help="rows of calls, such as 'arm64, 1x2, 0.8'")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "sparsify", help="networks and checkpoints")
     options = parser.parse_args()
