@@ -27,6 +27,9 @@ def _lines(stored: Row) -> Iterator[str]:
     if stored.get("race"):
         yield ""
         yield from _race(stored)
+    if stored.get("budget"):
+        yield ""
+        yield from _budget(stored["budget"])
     yield ""
     yield from _choice(stored)
     yield ""
@@ -42,8 +45,9 @@ def _accuracy(stored: Row) -> Iterator[str]:
     yield (
         "Top-1 on all 10,000 test images. None of them took part in a choice: channels were chosen on training images, "
         "learning rate and criterion by short trainings on 5,000 to 8,000 of those, and the last epoch was taken. Both "
-        "trainings have as many steps, images and rates (SGD, cosine, bfloat16, batch norms in training mode); they "
-        "differ in what is learned from: the original's answers and labels, or labels alone."
+        "trainings have as many epochs, images and rates (SGD, cosine, bfloat16, batch norms in training mode); they "
+        f"differ in what is learned from: the original's answers and labels{_batch(trainings.get('pruned'))}, or "
+        f"labels alone{_batch(trainings.get('plain'))}."
     )
     yield ""
     yield "| network | MACs | parameters | not trained | trained | lost | training |"
@@ -60,6 +64,10 @@ def _accuracy(stored: Row) -> Iterator[str]:
         )
     yield ""
     yield f"The original has {_percent(original)}."
+
+
+def _batch(row: Row | None) -> str:
+    return "" if row is None else f" in batches of {row['settings']['batch']}"
 
 
 def _percent(row: Row | None) -> str:
@@ -89,6 +97,23 @@ def _race(stored: Row) -> Iterator[str]:
             f"| {ROLES[row['role']]} | {NAMES[row['target']]} | {faster} | {row['ms'][0]:.3f} → {row['ms'][1]:.3f} "
             f"| {sizes[key] / sizes['original', row['target']]:.3f} |"
         )
+
+
+def _budget(rows: list[Row]) -> Iterator[str]:
+    yield "## A budget of latency"
+    yield ""
+    yield (
+        "`latency_ratio` alone, nothing trained: the pass measures whole networks in the engine until the fewest "
+        "removals are found that keep the budget, and then the network that it gives."
+    )
+    yield ""
+    yield "| engine | budget | measured [95 %] | MACs | parameters | channels that stay, layer by layer |"
+    yield "| --- " * 6 + "|"
+    for row in rows:
+        ratio, shares = row["measured"], [f"{row[name][1] / row[name][0]:.3f}" for name in ("macs", "parameters")]
+        widths = ", ".join(f"{after} of {before}" for before, after in row["widths"])
+        yield (f"| {NAMES[row['target']]} | {row['limit']:g} | {ratio['value']:.3f} [{ratio['low']:.3f}, "
+               f"{ratio['high']:.3f}] | {' | '.join(shares)} | {widths} |")  # fmt: skip
 
 
 def _choice(stored: Row) -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,18 +64,24 @@ class Emulated:
     program: Path
     words: tuple[str, ...]
 
-    def call(self, model: Path, calls: int, counter: Path) -> tuple[int, list[float]]:
-        """Instructions of that many calls and of loading, and the answers."""
+    def call(self, model: Path, calls: int, counter: Path) -> int:
+        """Instructions of that many calls and of loading."""
         words = [*self.words, "-plugin", str(counter), str(self.program), str(model), str(calls)]
         done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=900)
         found = re.search(r"^instructions: (\d+)$", done.stderr, re.MULTILINE)
         assert found is not None
-        return int(found.group(1)), [float(line) for line in done.stdout.split()]
+        return int(found.group(1))
 
-    def instructions(self, model: Path, counter: Path) -> tuple[int, list[float]]:
-        """Of one call, and its answers."""
-        one, answers = self.call(model, 1, counter)
-        return self.call(model, 2, counter)[0] - one, answers
+    def instructions(self, model: Path, counter: Path) -> int:
+        """Of one call: those of two calls less those of one. Counted once for a file, beside which they are kept."""
+        found = [self._counted(model, calls, counter) for calls in (1, 2)]
+        return found[1] - found[0]
+
+    def _counted(self, model: Path, calls: int, counter: Path) -> int:
+        kept = model.with_name(f"{self.program.name}-{calls}.txt")
+        if not kept.exists():
+            kept.write_text(str(self.call(model, calls, counter)))
+        return int(kept.read_text())
 
 
 def emulated(work: Path, arm: Path | None) -> list[Emulated]:
@@ -128,12 +134,18 @@ def _written(module: nn.Module, task: Task, folder: Path) -> Path:
     return folder / MODEL
 
 
-def counts(work: Path, share: float, pattern: str, arm: Path | None) -> Iterator[dict[str, object]]:
-    """Per processor: instructions of a call, dense and sparse."""
+def counts(
+    work: Path, share: float, pattern: str, arm: Path | None, only: Sequence[str]
+) -> Iterator[dict[str, object]]:
+    """Per processor: instructions of a call, dense and sparse. ``only`` these rows, if any are named."""
+    named = {f"{processor.name}, {pattern}, {share:g}": processor for processor in emulated(work, arm)}
+    wanted = {row: processor for row, processor in named.items() if not only or row in only}
+    if not wanted:
+        return
     counter, made = plugin(work), files(work, share, pattern)
-    for processor in emulated(work, arm):
+    for row, processor in wanted.items():
         yield {
-            "row": f"{processor.name}, {pattern}, {share:g}", "processor": processor.name, "share": share,
-            "pattern": pattern, "bytes": {word: path.stat().st_size for word, path in made.items()},
-            "instructions": {word: processor.instructions(path, counter)[0] for word, path in made.items()},
+            "row": row, "processor": processor.name, "share": share, "pattern": pattern,
+            "bytes": {word: path.stat().st_size for word, path in made.items()},
+            "instructions": {word: processor.instructions(path, counter) for word, path in made.items()},
         }  # fmt: skip

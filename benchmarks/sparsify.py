@@ -4,11 +4,13 @@
     python benchmarks/sparsify.py train --rows 2:4  # one of them; a training goes on where it was stopped
     python benchmarks/sparsify.py sizes             # what files of the network with 80 % zeros take, also compressed
     python benchmarks/sparsify.py race              # time those files: nothing else should run
+    python benchmarks/sparsify.py openvino          # OpenVINO's own sparse weights: nothing else should run
     python benchmarks/sparsify.py calls --arm DIR   # instructions of a TFLite file, emulated; DIR: an unpacked aarch64
                                                     # wheel of ai-edge-litert, left out: x86 alone
     python benchmarks/sparsify.py document          # only write the page from the stored results
 
-The best epoch is chosen on training images that are held out; no test image takes part in any choice.
+The best epoch is chosen on training images that are held out, or the last one is taken; no test image takes part in
+any choice.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 import _sparsify_page as page
 import torch
 from _sparse_calls import counts
+from _sparse_openvino import measured
 from torch import nn
 
 import factorize
@@ -50,7 +53,7 @@ ROWS: Mapping[str, Sparsify] = {
     "50 %, by magnitude": Sparsify(sparsity=0.5, method="magnitude"),
     "2:4": Sparsify(pattern="2:4", tune=replace(TUNE, epochs=3, lr=0.01)),
     "80 %": Sparsify(sparsity=0.8, tune=replace(HARD, epochs=11)),
-    "90 %": Sparsify(sparsity=0.9, tune=replace(HARD, epochs=13)),
+    "90 %": Sparsify(sparsity=0.9, schedule="gradual", tune=replace(HARD, epochs=13, held_out=0, weight_decay=0.0)),
 }
 
 
@@ -62,9 +65,8 @@ def train(name: str, options: argparse.Namespace) -> None:
     work = work_of(name, options)
     row: dict[str, Any] = {"row": name, "options": {**asdict(how), "tune": None}, "samples": len(test)}
     row["original"] = stored_accuracy(module, test, options.work / "original.json")
-    for word, pass_ in (("before", replace(how, tune=None)), ("after", how)):
-        if word == "after" and how.tune is None:
-            break
+    stages = {"before": replace(how, tune=None)} if how.schedule == "one-shot" else {}
+    for word, pass_ in (stages | ({} if how.tune is None else {"after": how})).items():
         run = PassRun(work, 0, Plan(), Silent(), module, task)
         run.workdir.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
@@ -113,10 +115,17 @@ def race(name: str, options: argparse.Namespace) -> None:
 
 def calls(options: argparse.Namespace) -> None:
     """Instructions of MobileNetV1, dense and sparse."""
-    for share, pattern in ((0.8, "unstructured"), (0.8, "1x4"), (0.9, "unstructured")):
-        for row in counts(options.work, share, pattern, options.arm):
+    for share, pattern in ((0.8, "unstructured"), (0.8, "1x2"), (0.8, "1x4"), (0.9, "unstructured"), (0.9, "1x2")):
+        for row in counts(options.work, share, pattern, options.arm, options.only):
             say(f"{row}")
             page.RESULTS.store("calls", row, factorize.facts())
+
+
+def openvino(options: argparse.Namespace) -> None:
+    """What OpenVINO's property for sparse weights does here."""
+    for row in measured(min(options.seconds, 10.0)):
+        say(f"{row}")
+        page.RESULTS.store("openvino", row, factorize.facts())
 
 
 def work_of(name: str, options: argparse.Namespace) -> Path:
@@ -136,16 +145,18 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-STAGES = {"train": train, "sizes": sizes, "race": race}
+STAGES = {"train": train, "sizes": sizes, "race": race}  # of a row
+ALONE = {"calls": calls, "openvino": openvino}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=(*STAGES, "calls", "document"))
+    parser.add_argument("stage", choices=(*STAGES, *ALONE, "document"))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=None)
     parser.add_argument("--targets", nargs="+", default=("onnx", "openvino", "tflite"))
     parser.add_argument("--seconds", type=float, default=60.0, help="at most, per race")
     parser.add_argument("--arm", type=Path)
+    parser.add_argument("--only", nargs="+", default=(), help="rows of calls, such as 'arm64, 1x2, 0.8'")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "sparsify", help="networks and checkpoints")
     options = parser.parse_args()
@@ -154,8 +165,8 @@ def main() -> None:
     if options.stage == "document":
         page.RESULTS.rewrite()
         return
-    if options.stage == "calls":
-        calls(options)
+    if options.stage in ALONE:
+        ALONE[options.stage](options)
         return
     for name in options.rows or (["80 %"] if options.stage != "train" else list(ROWS)):
         STAGES[options.stage](name, options)

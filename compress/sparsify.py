@@ -34,7 +34,8 @@ class Sparsify(Pass):
     Attributes:
         sparsity: share of zeros in the layers that get any; 0.5 if nothing is said. N:M has its own.
         pattern: ``unstructured``; ``N:M``: of M neighbouring input channels N stay, such as ``2:4`` for NVIDIA's sparse
-            tensor cores; ``1xN``: N neighbouring output channels are zero together, such as ``1x4`` for sparse kernels.
+            tensor cores; ``1xN``: N neighbouring output channels are zero together, for sparse kernels: ``1x4`` in C,
+            ``1x2`` for XNNPACK on 64-bit ARM (docs/sparsify.md).
         allocation: which layers get how many: ``global``: one threshold for all, no layer loses more than 95 %;
             ``layerwise``: all the same; ``erk``: fewer where a layer has few weights per channel.
         method: ``data-aware``: what a weight is worth, and how the others make up for it, follows from what the layer

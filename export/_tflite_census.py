@@ -45,9 +45,19 @@ def census(data: bytes, graph: Graph) -> Census:
         for operator in subgraph.operators
     )
     weights, keys = _weights(schema, model)
-    sparse = Chw(Model(schema, model)).verdict()
-    notes = (*_transposes(operators["TRANSPOSE"], graph), _delegated(data), *([] if sparse is None else [sparse]))
+    rules = Chw(Model(schema, model), _names(graph))
+    sparse = [] if (verdict := rules.verdict()) is None else [verdict, *rules.layerwise()]
+    notes = (*_transposes(operators["TRANSPOSE"], graph), _delegated(data), *sparse)
     return Census(dict(operators), weights, notes, keys)
+
+
+def _names(graph: Graph) -> dict[str, str]:
+    """Layers by what their weights hold."""
+    found = {}
+    for name, value in graph.program.state_dict.items():
+        if value.is_floating_point() and (key := contents.key(value.detach().numpy())) is not None:
+            found[contents.values(key)] = name.removesuffix(".weight")
+    return found
 
 
 def _code(entry: Any) -> int:

@@ -1,4 +1,4 @@
-"""Whether XNNPACK computes the 1×1 convolutions of a file from their non-zero weights alone, and if not, why.
+"""Which layers of a file XNNPACK computes from their non-zero weights alone, and of each other one, why it does not.
 
 It does so channel by channel (CHW), for operators that hang together: from a 3×3 convolution of stride 2 on three
 channels, which turns pixels into channels, to the mean over height and width, which ends them. Between the two there
@@ -8,12 +8,14 @@ weights must be zero. After XNNPACK's rewrite for sparse inference (src/subgraph
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from edgepack import contents
 from edgepack.export._tflite_model import Model
 
 UNARY = frozenset({
@@ -23,15 +25,39 @@ UNARY = frozenset({
 ENDS = ("MEAN", "DEPTH_TO_SPACE")
 BINARY = ("ADD", "MUL")
 BEHIND = ("RESHAPE", "FULLY_CONNECTED")  # of the mean; their weights count
+LAYERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 SHARE = 2 / 3
+BLOCKS = (4, 2)  # of output channels, for which XNNPACK has kernels on 64-bit ARM, where a file has such zeros
+FULL = 0.9  # of the weights in blocks that are not zero
 ELSEWHERE = "on x86 with AVX it computes them densely all the same, so nothing is faster there"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What XNNPACK does with a layer.
+
+    Attributes:
+        zeros: share of its weights.
+        block: output channels that its sparse kernel computes at once on 64-bit ARM; 0: it is computed densely.
+        why: it is computed densely.
+    """
+
+    name: str
+    zeros: float
+    block: int
+    why: str | None
 
 
 @dataclass(eq=False)
 class Chw:
-    """One file, seen with XNNPACK's rules."""
+    """One file, seen with XNNPACK's rules.
+
+    Attributes:
+        names: of layers, by what their weights hold (``contents.values``).
+    """
 
     file: Model
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def words(self) -> list[str]:
@@ -65,6 +91,38 @@ class Chw:
             return (f"XNNPACK computes {inside} of {len(layers)} 1×1 convolutions from their non-zero weights alone on "
                     f"ARM; {ELSEWHERE}")  # fmt: skip
         return f"XNNPACK computes the 1×1 convolutions densely on every processor: {why}"
+
+    def layers(self) -> list[Layer]:
+        """Every convolution and linear layer, in the order of computation."""
+        cluster = self._cluster()
+        fault, found = self._why(cluster), []
+        for index, word in enumerate(self.words):
+            if word in LAYERS:
+                why = self._dense(index, cluster, fault)
+                weight = self._weight(index)
+                block = block_of(weight.reshape(len(weight), -1)) if why is None else 0
+                found.append(Layer(self._name(index), float((weight == 0).mean()), block, why))
+        return found
+
+    def layerwise(self) -> list[str]:
+        """A sentence for each thing that XNNPACK does with some layers; none where no weight is stored sparse."""
+        return list(_sentences(self.layers())) if "DENSIFY" in self.words else []
+
+    def _dense(self, index: int, cluster: set[int], fault: str | None) -> str | None:
+        """Why a layer is computed densely; None where it is not."""
+        if self.words[index] == "DEPTHWISE_CONV_2D":
+            return "depthwise"
+        if self.words[index] == "FULLY_CONNECTED":
+            return "linear layers have no sparse kernel"
+        if not self._pointwise(index):
+            return "only 1×1 convolutions of stride 1 have a sparse kernel"
+        if fault is not None:
+            return fault
+        return None if index in cluster else "it lies behind what ends the operators that hang together"
+
+    def _name(self, index: int) -> str:
+        key = contents.key(self._weight(index))
+        return self.names.get("" if key is None else contents.values(key), f"operator {index}")
 
     def _why(self, cluster: set[int]) -> str | None:
         if not cluster:
@@ -197,3 +255,27 @@ class Chw:
     def _rank(self, tensor: int) -> int:
         shape = self.file.main.tensors[int(tensor)].shape
         return 0 if shape is None else len(shape)
+
+
+def block_of(weight: np.ndarray[Any, Any]) -> int:
+    """Output channels that XNNPACK's kernel takes at once: 4 or 2 where those of a block are nearly all zero together.
+
+    After its src/operators/convolution-nchw.c.
+    """
+    for size in BLOCKS:
+        rows = len(weight) // size * size
+        blocks = (weight[:rows].reshape(-1, size, weight.shape[1]) != 0).any(1).sum() * size
+        if rows and np.count_nonzero(weight[:rows]) >= FULL * blocks:
+            return size
+    return 1
+
+
+def _sentences(layers: list[Layer]) -> Iterator[str]:
+    """Layers with one fate together."""
+    fates: dict[str, list[str]] = {}
+    for one in layers:
+        kernel = "" if one.block == 1 else f", {one.block} output channels at once on 64-bit ARM"
+        fate = f"from non-zero weights{kernel}" if one.why is None else f"densely: {one.why}"
+        fates.setdefault(fate, []).append(f"{one.name} ({one.zeros:.0%})")
+    for fate, names in fates.items():
+        yield f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} computed {fate} (zeros in brackets)"

@@ -264,11 +264,20 @@ def test_growth_is_a_cubic() -> None:
     assert shares[5] == pytest.approx(0.8 * (1 - 0.5**3))
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "gptq", "adaround"])
+ROUNDINGS = {
+    **{name: Quantize(rounding=name, explain=False) for name in ("nearest", "gptq", "adaround")},
+    "qat": Quantize(method="qat", explain=False, tune=Tune(epochs=1, batch=16, held_out=0)),
+    "qat, 4 bits": Quantize(method="qat", weight_bits=4, activation_bits=8, explain=False,
+                            tune=Tune(epochs=1, batch=16, held_out=0)),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")  # of PyTorch's own copies
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_zeros_stay_through_rounding(network: nn.Module, task: Task, tmp_path: Path, rounding: str) -> None:
     found, run = applied(network, task, tmp_path, Sparsify(sparsity=0.6))
     before = {name: zeros(layer).sum() for name, layer in (("a", found.a), ("b", found.b))}  # type: ignore[arg-type]
-    rounded = Quantize(rounding=rounding, explain=False).apply(found, task, run)
+    rounded = ROUNDINGS[rounding].apply(found, task, run)
     masks = {name: value for name, value in run.plan.tensors.items() if name.endswith("/mask")}
     assert len(masks) == 2
     for (name, count), mask in zip(before.items(), masks.values(), strict=True):

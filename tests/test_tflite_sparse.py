@@ -12,6 +12,7 @@ from torch import nn
 
 from _tflite_files import Written, worst, write
 from edgepack import contents
+from edgepack.export._tflite_chw import block_of
 from edgepack.graph import capture
 from edgepack.task import Input, Task
 
@@ -132,7 +133,7 @@ def test_a_layer_of_nothing_but_zeros(tmp_path: Path) -> None:
 
 
 def said(census: object) -> str:
-    (note,) = [note for note in census.notes if "1×1" in note]  # type: ignore[attr-defined]
+    (note,) = [note for note in census.notes if note.startswith(("XNNPACK computes", "no 1×1"))]  # type: ignore[attr-defined]
     return str(note)
 
 
@@ -141,6 +142,27 @@ def test_the_rules_name_what_starts_the_sparse_kernels(written: Written) -> None
         "XNNPACK computes 3 of 3 1×1 convolutions from their non-zero weights alone on ARM"
     )
     assert "on x86 with AVX" in said(written[2])
+
+
+def test_every_layer_has_its_verdict(written: Written) -> None:
+    by_layer = [note for note in written[2].notes if note.endswith("(zeros in brackets)")]
+    assert len(by_layer) == 4
+    first, sparse, depthwise, linear = (next(note for note in by_layer if word in note) for word in
+                                        ("features.0 ", "non-zero weights", "depthwise", "linear layers"))  # fmt: skip
+    assert "features.0 (0%) is computed densely: only 1×1 convolutions of stride 1 have a sparse kernel" in first
+    assert all(f"features.{index} (" in sparse for index in (4, 8, 12))
+    assert all(f"features.{index} (0%)" in depthwise for index in (2, 6, 10))
+    assert linear.startswith("head (0%) is computed densely: linear layers have no sparse kernel")
+
+
+@pytest.mark.parametrize(("rows", "block"), [(1, 1), (2, 2), (4, 4)])
+def test_channels_whose_zeros_are_shared_are_computed_together(rows: int, block: int) -> None:
+    random = np.random.default_rng(rows)
+    weight = random.standard_normal((32, 64)) * (random.random((32 // rows, 64)) < 0.2).repeat(rows, 0)
+    assert block_of(weight) == block
+    weight[:rows] = 1  # a few in whole blocks change nothing
+    assert block_of(weight) == block
+    assert block_of(weight[:1]) == 1
 
 
 def changed(change: str) -> nn.Module:
@@ -174,4 +196,6 @@ def test_the_rules_name_what_keeps_them_from_starting(tmp_path: Path, change: st
     artifact, simulation, census = file_of(changed(change), tmp_path / "a")
     assert said(census).startswith("XNNPACK computes the 1×1 convolutions densely on every processor: ")
     assert text in said(census)
+    by_layer = [note for note in census.notes if note.endswith("(zeros in brackets)")]
+    assert any("features.4 (8" in note and "computed densely: " in note for note in by_layer)
     assert worst(artifact, simulation) < 1e-5
