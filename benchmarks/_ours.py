@@ -28,6 +28,7 @@ OURS: dict[bool, dict[str, dict[str, Any]]] = {  # by whether linear layers domi
     False: {STATIC: {}},
     True: {STATIC: {}, DYNAMIC: {"activations": "dynamic"}},
 }
+QUIETLY = {"explain": False}  # says more and changes no number
 EXPORTS: dict[str, dict[str, Any]] = {"tflite": {"layout": "NHWC"}}
 
 
@@ -76,7 +77,7 @@ def _exporter(format: str) -> Exporter:
 def _compressed(case: Case, number: int, kind: str) -> Path:
     out = case.folder / f"{number}-edgepack-{kind}-{source_hash(*ROOMS[:2])}"
     if not (out / COMPRESSED / MANIFEST).exists():
-        quantize = build(Pass, {"use": "quantize", **OURS[case.linear][kind]})
+        quantize = build(Pass, {"use": "quantize", **OURS[case.linear][kind], **QUIETLY})
         compress(case.module, case.task(case.folds[number]), [quantize], out, Silent())
         shutil.rmtree(out / BASELINE)
     return out

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edgepack.contracts import Graph
     from edgepack.task import Task
 
-BATCH_BYTES = 64 << 20  # the largest activation of a batch
+BATCH_BYTES = 16 << 20  # the largest activation of a batch
 
 
 class Watcher(fx.Interpreter):
