@@ -110,7 +110,7 @@ def batch_size(graph: Graph, limit_bytes: int = BATCH_BYTES) -> int:
 
 def _bytes_per_sample(node: fx.Node) -> int:
     value = node.meta.get("val")
-    if node.op != "call_function" or not isinstance(value, Tensor):
+    if node.op not in ("call_function", "placeholder") or not isinstance(value, Tensor):
         return 0
     total = 4
     for size in value.shape[1:]:
