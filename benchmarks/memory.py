@@ -16,14 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import networks as zoo
 import torch
-from _stored import ROOT, Results
+from _memory_page import RESULTS
+from _stored import ROOT
 
 from edgepack import models
 from edgepack.compress.quantize import Quantize
@@ -37,7 +38,6 @@ NETWORKS = {
     "resnet50": "torchvision:resnet50",
     "deit_small": "timm:deit_small_patch16_224",
 }
-BAR = 1.5 * 2**30
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Watch:
 
     def done(self) -> None:
         self.peaks[self.now] = max(self.peaks.get(self.now, 0), status_bytes("VmHWM"))
+        sys.stderr.write(f"{self.now}: {self.peaks[self.now] / 2**30:.2f} GiB\n")
         Path("/proc/self/clear_refs").write_text("5")  # the next peak starts from what is held now
 
 
@@ -95,29 +96,6 @@ def measured(name: str, images: int, data: Path) -> dict[str, Any]:
     watch.done()
     return {"network": name, "images": images, "peak_bytes": max(watch.peaks.values()), "pieces": watch.peaks,
             "seconds": round(time.perf_counter() - began)}  # fmt: skip
-
-
-def text(stored: Mapping[str, Any]) -> str:
-    lines = ["| network | calibration images of 224×224 | peak memory | largest while | libraries and weights alone |",
-             "| --- " * 5 + "|"]  # fmt: skip
-    for row in stored.get("peaks", []):
-        pieces = {key.partition(":")[0]: size for key, size in row["pieces"].items()}
-        where = max(pieces, key=lambda key: pieces[key])
-        lines.append(f"| {row['network']} | {row['images']:,} | {row['peak_bytes'] / 2**30:.2f} GiB | {where} "
-                     f"| {pieces['loading'] / 2**30:.2f} GiB |")  # fmt: skip
-    facts = stored.get("facts", {})
-    return (
-        "# Memory of eight-bit compression\n\nWritten by `python benchmarks/memory.py` from "
-        "`benchmarks/results/memory.json`; do not edit.\n\n`edgepack.compress` with `quantize` and its defaults, one "
-        "fresh process per row: the highest resident memory, interpreter, libraries and weights included. Random "
-        "weights; pictures are read from their files, batch by batch, and start again when they end.\n\n"
-        + "\n".join(lines)
-        + f"\n\nVersions: {', '.join(f'{k} {v}' for k, v in facts.get('versions', {}).items())}; "
-        f"{facts.get('machine', '')}.\n"
-    )
-
-
-RESULTS = Results.of("memory", text, "network", "images")
 
 
 def main() -> None:
