@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from edgepack.compress._observe import Watcher, batch_size, batches
+from edgepack.compress._release import release
 
 if TYPE_CHECKING:
     from edgepack.contracts import Graph
@@ -72,6 +73,7 @@ class Correction:
                 part.step(node)
             if node.name in self._biases:
                 self._correct(node, [part.env[node] for part in parts])
+                release()
             for part in parts:
                 value = part.env.get(node)
                 if isinstance(value, Tensor):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from edgepack.compress._ranges import BINS, Histogram
+from edgepack.compress._release import release
 
 if TYPE_CHECKING:
     from edgepack.contracts import Graph
@@ -80,11 +81,12 @@ def observe_channels(
 
 
 def batches(graph: Graph, task: Task, size: int | None = None) -> Iterator[list[Tensor]]:
-    """The calibration data as the graph takes them."""
+    """The calibration data as the graph takes them; what a batch leaves behind is given back before the next."""
     assert task.calibration is not None
     rows = batch_size(graph) if size is None else size
     for batch in task.calibration.batches(rows):
         yield [torch.from_numpy(batch.inputs[spec.name]) for spec in graph.inputs]
+        release()
 
 
 def first_batches(graph: Graph, task: Task, samples: int) -> Iterator[list[Tensor]]:
