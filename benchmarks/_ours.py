@@ -13,13 +13,14 @@ from typing import Any
 from _cases import Case
 
 from edgepack import parts
-from edgepack.artifact import MANIFEST, Artifact
+from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, describe_files
 from edgepack.compress.fold import Fold
 from edgepack.compressing import BASELINE, COMPRESSED, compress
 from edgepack.contracts import Exporter, Pass
 from edgepack.exporting import export
 from edgepack.progress import Silent
 from edgepack.recipe import build
+from edgepack.samples import count, take
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("compress", "core", "export", "runtimes")
@@ -29,6 +30,7 @@ OURS: dict[bool, dict[str, dict[str, Any]]] = {  # by whether linear layers domi
     True: {STATIC: {}, DYNAMIC: {"activations": "dynamic"}},
 }
 QUIETLY = {"explain": False}  # says more and changes no number
+SIZED_SAMPLES = 2  # golden samples of each file where every size of picture has its own
 EXPORTS: dict[str, dict[str, Any]] = {"tflite": {"layout": "NHWC"}}
 
 
@@ -80,4 +82,19 @@ def _compressed(case: Case, number: int, kind: str) -> Path:
         quantize = build(Pass, {"use": "quantize", **OURS[case.linear][kind], **QUIETLY})
         compress(case.module, case.task(case.folds[number]), [quantize], out, Silent())
         shutil.rmtree(out / BASELINE)
+    if case.any_size:
+        _keep_samples(out / COMPRESSED, SIZED_SAMPLES)
     return out
+
+
+def _keep_samples(folder: Path, most: int) -> None:
+    """Drop golden samples beyond the first ``most``."""
+    artifact = Artifact.open(folder)
+    golden, manifest = artifact.golden(), artifact.manifest
+    if count(manifest.inputs, golden.inputs) <= most:
+        return
+    given = take(manifest.inputs, golden.inputs, 0, most)
+    answers = (take(manifest.outputs, arrays, 0, most) for arrays in (golden.original, golden.simulation))
+    Golden(given, *answers).save(folder / GOLDEN)
+    text = replace(manifest, files=describe_files(folder)).to_json()
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
