@@ -104,7 +104,8 @@ class Part(fx.Interpreter):
 
 
 def _parts(inputs: Sequence[Tensor], size: int) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(value.split(size) for value in inputs), strict=True)
+    for start in range(0, len(inputs[0]), size):
+        yield tuple(value[start : start + size] for value in inputs)
 
 
 def _means(value: Tensor, axis: int) -> Tensor:

@@ -44,7 +44,7 @@ def second_moments(node: fx.Node, reads: Sequence[Tensor], weight: Tensor) -> Te
     groups = argument(node, "groups")
     how = {name: _pair(argument(node, name)) for name in ("dilation", "padding", "stride")}
     total = torch.zeros(groups, columns, columns, dtype=torch.float64)
-    for sample in (sample for read in reads for sample in read.split(1)):
+    for sample in (read[index : index + 1] for read in reads for index in range(len(read))):
         patches = functional.unfold(sample, tuple(weight.shape[2:]), **how)
         patches = patches.view(groups, columns, -1)
         total += (patches @ patches.transpose(1, 2)).double()
@@ -93,7 +93,7 @@ def _invert_and_factor(matrix: Tensor) -> None:
     ):
         found, failed = step(turned, lower=1, **how)
         if failed:
-            raise torch.linalg.LinAlgError(f"{step.__name__}: {failed}")
+            raise np.linalg.LinAlgError(f"{step.__name__}: {failed}")
         assert found is turned or np.shares_memory(found, turned)
 
 
