@@ -13,30 +13,35 @@ from typing import Any
 from _cases import Case
 
 from edgepack import parts
-from edgepack.artifact import MANIFEST, Artifact
+from edgepack.artifact import GOLDEN, MANIFEST, Artifact, Golden, describe_files
 from edgepack.compress.fold import Fold
 from edgepack.compressing import BASELINE, COMPRESSED, compress
 from edgepack.contracts import Exporter, Pass
 from edgepack.exporting import export
 from edgepack.progress import Silent
 from edgepack.recipe import build
+from edgepack.samples import count, take
 
 ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("compress", "core", "export", "runtimes")
 STATIC, DYNAMIC = "static", "dynamic"
 OURS: dict[bool, dict[str, dict[str, Any]]] = {  # by whether linear layers dominate
     False: {STATIC: {}},
     True: {STATIC: {}, DYNAMIC: {"activations": "dynamic"}},
 }
+QUIETLY = {"explain": False}  # says more and changes no number
+SIZED_SAMPLES = 2  # golden samples of each file where every size of picture has its own
 EXPORTS: dict[str, dict[str, Any]] = {"tflite": {"layout": "NHWC"}}
 
 
 @functools.cache
-def source_hash() -> str:
-    """Of every file that decides what an artifact is."""
+def source_hash(*rooms: str) -> str:
+    """Of every file, kernels and templates too, of these rooms, or of all that decide what an artifact is."""
     found = hashlib.sha256()
-    for room in ("compress", "core", "export", "runtimes"):
-        for path in sorted((ROOT / room).rglob("*.py")):
-            found.update(path.read_bytes())
+    for room in rooms or ROOMS:
+        for path in sorted((ROOT / room).rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                found.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return found.hexdigest()[:16]
 
 
@@ -51,7 +56,7 @@ def ours(case: Case, number: int, format: str, kind: str, size: Sequence[int] = 
 
 def ours_float(case: Case, format: str, size: Sequence[int] = ()) -> Artifact:
     """The original in the same format: what int8 is compared with."""
-    out = case.folder / f"float-{source_hash()}"
+    out = case.folder / f"float-{source_hash(*ROOMS[:2])}"
     if not (out / COMPRESSED / MANIFEST).exists():
         compress(case.module, case.task(case.folds[0]), [Fold()], out, Silent())
         shutil.rmtree(out / BASELINE)
@@ -59,12 +64,12 @@ def ours_float(case: Case, format: str, size: Sequence[int] = ()) -> Artifact:
 
 
 def _exported(out: Path, format: str, size: Sequence[int]) -> Artifact:
-    exporter = _exporter(format)
+    name = "x".join([f"{format}-{source_hash()}", *map(str, size)])
+    exporter = replace(_exporter(format), name=name)
     if size:
-        name = "x".join([format, *map(str, size)])
-        exporter = replace(exporter, name=name, sizes=dict(zip(("height", "width"), size, strict=True)))
+        exporter = replace(exporter, sizes=dict(zip(("height", "width"), size, strict=True)))
     export(out, [exporter], Silent())
-    return Artifact.open(out / (exporter.name or format))
+    return Artifact.open(out / name)
 
 
 def _exporter(format: str) -> Exporter:
@@ -72,9 +77,24 @@ def _exporter(format: str) -> Exporter:
 
 
 def _compressed(case: Case, number: int, kind: str) -> Path:
-    out = case.folder / f"{number}-edgepack-{kind}-{source_hash()}"
+    out = case.folder / f"{number}-edgepack-{kind}-{source_hash(*ROOMS[:2])}"
     if not (out / COMPRESSED / MANIFEST).exists():
-        quantize = build(Pass, {"use": "quantize", **OURS[case.linear][kind]})
+        quantize = build(Pass, {"use": "quantize", **OURS[case.linear][kind], **QUIETLY})
         compress(case.module, case.task(case.folds[number]), [quantize], out, Silent())
         shutil.rmtree(out / BASELINE)
+    if case.any_size:
+        _keep_samples(out / COMPRESSED, SIZED_SAMPLES)
     return out
+
+
+def _keep_samples(folder: Path, most: int) -> None:
+    """Drop golden samples beyond the first ``most``."""
+    artifact = Artifact.open(folder)
+    golden, manifest = artifact.golden(), artifact.manifest
+    if count(manifest.inputs, golden.inputs) <= most:
+        return
+    given = take(manifest.inputs, golden.inputs, 0, most)
+    answers = (take(manifest.outputs, arrays, 0, most) for arrays in (golden.original, golden.simulation))
+    Golden(given, *answers).save(folder / GOLDEN)
+    text = replace(manifest, files=describe_files(folder)).to_json()
+    (folder / MANIFEST).write_text(text, encoding="utf-8")

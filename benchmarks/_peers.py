@@ -21,7 +21,7 @@ from edgepack.artifact import MANIFEST, Artifact, Manifest, describe_files, repl
 from edgepack.contracts import TensorSpec
 from edgepack.export._tflite_form import quiet
 
-BATCH = 32
+BATCH, BATCH_LARGE = 32, 4  # images at once; of large ones few, for the tools hold all results of a batch
 PERCENTILE = 99.99
 SMALL = 32  # images whose histograms are made of all samples at once, which takes gigabytes for larger ones
 METHODS = ("MinMax", "Percentile")
@@ -108,7 +108,8 @@ class Reader:
     """Calibration samples as ``quantize_static`` reads them, a batch at a time so that memory stays bounded."""
 
     def __init__(self, samples: Array) -> None:
-        size = next(size for size in range(BATCH, 0, -1) if len(samples) % size == 0)
+        most = BATCH if max(samples.shape[1:]) <= SMALL else BATCH_LARGE
+        size = next(size for size in range(most, 0, -1) if len(samples) % size == 0)
         self.batches = np.split(samples, len(samples) // size)
         self.set_range(0, len(self.batches))
 

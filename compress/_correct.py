@@ -7,13 +7,14 @@ quantized layers before it feed to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
 from edgepack.compress._observe import Watcher, batch_size, batches
+from edgepack.compress._release import release
 
 if TYPE_CHECKING:
     from edgepack.contracts import Graph
@@ -29,20 +30,26 @@ def sample(graph: Graph, task: Task) -> list[Tensor]:
     return next(iter(batches(graph, task, min(wanted, batch_size(graph, SAMPLES_BYTES)))))
 
 
-def channel_means(module: fx.GraphModule, inputs: list[Tensor], axes: Mapping[str, int]) -> dict[str, Tensor]:
+def channel_means(graph: Graph, inputs: list[Tensor], axes: Mapping[str, int]) -> dict[str, Tensor]:
     """Mean of each output channel of the named layers (node → axis of channels), float64."""
-    means: dict[str, Tensor] = {}
+    means: dict[str, list[Tensor]] = {name: [] for name in axes}
 
     def show(node: fx.Node, value: Tensor) -> None:
-        means[node.name] = _mean(value, axes[node.name])
+        means[node.name].append(_means(value, axes[node.name]))
 
+    watcher = Watcher(graph.program.module(check_guards=False), show, axes)
     with torch.no_grad():
-        Watcher(module, show, axes).run(*inputs)
-    return means
+        for part in _parts(inputs, batch_size(graph)):
+            watcher.run(*part)
+    return {name: torch.cat(found).mean(0) for name, found in means.items() if found}
 
 
-class Correction(fx.Interpreter):
-    """Runs the quantized graph once; each layer is rounded, and its bias corrected, before its result is used."""
+class Correction:
+    """Runs the quantized graph once; each layer is rounded, and its bias corrected, before its result is used.
+
+    An operator is computed for all samples before the next one, a few samples at a time, so that little besides the
+    results still to be read is ever held.
+    """
 
     def __init__(
         self,
@@ -50,28 +57,58 @@ class Correction(fx.Interpreter):
         means: Mapping[str, Tensor],
         biases: Mapping[str, tuple[Tensor, int]],
         quantize: Callable[[fx.Node, Tensor], Tensor],
-        put_on_grid: Callable[[fx.Node, Tensor], None],
+        put_on_grid: Callable[[fx.Node, Sequence[Tensor]], None],
     ) -> None:
-        super().__init__(module)
-        self._means, self._biases, self._quantize, self._round = means, biases, quantize, put_on_grid
+        self._module, self._means, self._biases = module, means, biases
+        self._quantize, self._round = quantize, put_on_grid
         self.largest = 0.0
 
-    def run_node(self, n: fx.Node) -> Any:
-        if n.name in self._means:
-            source = n.args[0]
-            assert isinstance(source, fx.Node)
-            self._round(n, self.env[source])
-        result = super().run_node(n)
-        if n.name in self._biases:
-            bias, axis = self._biases[n.name]
-            error = (self._means[n.name] - _mean(result, axis)).to(bias.dtype)
-            bias += error
+    def run(self, inputs: Sequence[Tensor], size: int) -> None:
+        """Correct on these samples, ``size`` at a time."""
+        parts = [Part(self._module, part) for part in _parts(inputs, size)]
+        for node in self._module.graph.nodes:
+            if node.name in self._means:
+                self._round(node, [part.env[node.args[0]] for part in parts])
+            for part in parts:
+                part.step(node)
+            if node.name in self._biases:
+                self._correct(node, [part.env[node] for part in parts])
+                release()
+            for part in parts:
+                value = part.env.get(node)
+                if isinstance(value, Tensor):
+                    part.env[node] = self._quantize(node, value)
+
+    def _correct(self, node: fx.Node, results: Sequence[Tensor]) -> None:
+        bias, axis = self._biases[node.name]
+        mean = torch.cat([_means(result, axis) for result in results]).mean(0)
+        error = (self._means[node.name] - mean).to(bias.dtype)
+        bias += error
+        for result in results:
             result += error.view([-1 if index == axis else 1 for index in range(result.dim())])
-            self.largest = max(self.largest, float(error.abs().max()))
-        return self._quantize(n, result) if isinstance(result, Tensor) else result
+        self.largest = max(self.largest, float(error.abs().max()))
 
 
-def _mean(value: Tensor, axis: int) -> Tensor:
-    """Mean of each channel in float64; sample by sample, for a copy of all in float64 takes twice their memory."""
+class Part(fx.Interpreter):
+    """Some samples on their way through a graph, operator by operator; forgets what nothing reads any more."""
+
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+        super().__init__(module)
+        self.args_iter = iter(inputs)
+
+    def step(self, node: fx.Node) -> None:
+        """Compute one operator, the next in order."""
+        self.env[node] = self.run_node(node)
+        for done in self.user_to_last_uses.get(node, ()):
+            self.env.pop(done, None)
+
+
+def _parts(inputs: Sequence[Tensor], size: int) -> Iterator[tuple[Tensor, ...]]:
+    for start in range(0, len(inputs[0]), size):
+        yield tuple(value[start : start + size] for value in inputs)
+
+
+def _means(value: Tensor, axis: int) -> Tensor:
+    """Mean of each channel of each sample in float64; one by one, for a copy of all takes twice their memory."""
     samples = value.movedim(axis, 1)
-    return torch.stack([sample.reshape(len(sample), -1).double().mean(1) for sample in samples]).mean(0)
+    return torch.stack([sample.reshape(len(sample), -1).double().mean(1) for sample in samples])

@@ -7,9 +7,11 @@ every group of channels has its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
@@ -17,30 +19,34 @@ from torch.nn import functional
 from edgepack.compress._graph import argument, operator_of
 from edgepack.compress._grid import TOP, laid_out, spread
 from edgepack.compress._operators import aten
+from edgepack.errors import require
 
 DAMPING = 0.01  # of the mean diagonal
 COLUMNS = 8192  # beyond this a Hessian takes half a gigabyte
 Nearest = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
-def second_moments(node: fx.Node, read: Tensor, weight: Tensor) -> Tensor | None:
+def second_moments(node: fx.Node, reads: Sequence[Tensor], weight: Tensor) -> Tensor | None:
     """Σ x·xᵀ over the patches that each group of a layer reads, (groups, columns, columns) float64.
 
     None for layers whose patches this does not know, and for very wide ones.
+
+    Args:
+        reads: what the layer reads, in as many parts as it comes in.
     """
     columns = weight[0].numel()
     if columns > COLUMNS:
         return None
     if operator_of(node) is aten.linear:
-        rows = read.reshape(-1, read.shape[-1]).double()
-        return (rows.T @ rows)[None]
+        products = (rows.T @ rows for rows in (read.reshape(-1, columns).double() for read in reads))
+        return functools.reduce(Tensor.add_, products)[None]
     if operator_of(node) is not aten.conv2d or isinstance(argument(node, "padding"), str):
         return None
     groups = argument(node, "groups")
     how = {name: _pair(argument(node, name)) for name in ("dilation", "padding", "stride")}
     total = torch.zeros(groups, columns, columns, dtype=torch.float64)
-    for index in range(len(read)):
-        patches = functional.unfold(read[index : index + 1], tuple(weight.shape[2:]), **how)
+    for sample in (read[index : index + 1] for read in reads for index in range(len(read))):
+        patches = functional.unfold(sample, tuple(weight.shape[2:]), **how)
         patches = patches.view(groups, columns, -1)
         total += (patches @ patches.transpose(1, 2)).double()
     return total
@@ -80,18 +86,30 @@ def in_turn(weight: Tensor, moments: Tensor, nearest: Nearest) -> Tensor:
 def inverse_factor(moments: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse, columns that are always zero set apart.
 
-    Of 4,608 columns (a 3×3 convolution of 512 channels) each of these matrices takes 170 MB; none is kept for long.
+    Of 4,608 columns (a 3×3 convolution of 512 channels) a matrix takes 170 MB, so all is done in one copy.
     """
-    damped = moments.clone()
-    diagonal = damped.diagonal(dim1=1, dim2=2)
+    found = moments.clone()
+    diagonal = found.diagonal(dim1=1, dim2=2)
     diagonal += DAMPING * diagonal.mean(1, keepdim=True)
     diagonal[diagonal <= 0] = 1.0
-    lower = torch.linalg.cholesky(damped)
-    del damped, diagonal
-    inverse = torch.cholesky_inverse(lower)
-    del lower
-    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return upper
+    for matrix in found:
+        _invert_and_factor(matrix)
+    return found
+
+
+def _invert_and_factor(matrix: Tensor) -> None:
+    """Put the upper Cholesky factor of a symmetric matrix's inverse in its place."""
+    lapack = require("scipy.linalg.lapack", "compress")
+    turned = matrix.numpy().T  # columns first, as LAPACK has them: it works in place then
+    for step, how in (
+        (lapack.dpotrf, {"overwrite_a": 1}),
+        (lapack.dpotri, {"overwrite_c": 1}),
+        (lapack.dpotrf, {"overwrite_a": 1, "clean": 1}),
+    ):
+        found, failed = step(turned, lower=1, **how)
+        if failed:
+            raise np.linalg.LinAlgError(f"{step.__name__}: {failed}")
+        assert found is turned or np.shares_memory(found, turned)
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -169,7 +169,7 @@ class Mixing:
             return 0
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        moments = second_moments(node, env[source], layer.weight) if self.gptq else None
+        moments = second_moments(node, [env[source]], layer.weight) if self.gptq else None
         exact = compute(node, env, layer.weight, None)
         self.trials[node.name] = []
         for width in self.widths:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from edgepack.compress._ranges import BINS, Histogram
+from edgepack.compress._release import release
 
 if TYPE_CHECKING:
     from edgepack.contracts import Graph
     from edgepack.task import Task
 
-BATCH_BYTES = 64 << 20  # the largest activation of a batch
+BATCH_BYTES = 16 << 20  # the largest activation of a batch
 
 
 class Watcher(fx.Interpreter):
@@ -80,11 +81,12 @@ def observe_channels(
 
 
 def batches(graph: Graph, task: Task, size: int | None = None) -> Iterator[list[Tensor]]:
-    """The calibration data as the graph takes them."""
+    """The calibration data as the graph takes them; what a batch leaves behind is given back before the next."""
     assert task.calibration is not None
     rows = batch_size(graph) if size is None else size
     for batch in task.calibration.batches(rows):
         yield [torch.from_numpy(batch.inputs[spec.name]) for spec in graph.inputs]
+        release()
 
 
 def first_batches(graph: Graph, task: Task, samples: int) -> Iterator[list[Tensor]]:
@@ -110,7 +112,7 @@ def batch_size(graph: Graph, limit_bytes: int = BATCH_BYTES) -> int:
 
 def _bytes_per_sample(node: fx.Node) -> int:
     value = node.meta.get("val")
-    if node.op != "call_function" or not isinstance(value, Tensor):
+    if node.op not in ("call_function", "placeholder") or not isinstance(value, Tensor):
         return 0
     total = 4
     for size in value.shape[1:]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from edgepack.compress._grid import limits, multipliers, top, weight_scale
 from edgepack.compress._groups import grouped_words, scale_of
 from edgepack.compress._masks import nonzero, renew_masks, sparse_layers
 from edgepack.compress._mixing import mixing, sentence
-from edgepack.compress._observe import batches, observe_ends, observe_histograms
+from edgepack.compress._observe import batch_size, batches, observe_ends, observe_histograms
 from edgepack.compress._operators import WEIGHTED, aten, floating, only_reader, passes, slope, word
 from edgepack.compress._preparing import Preparing, parameters
 from edgepack.compress._ranges import METHODS, Histogram
@@ -73,7 +73,7 @@ class Quantizing:
         self.few = self._few(graph)
         ranges = self._calibrate(graph)
         inputs = sample(graph, self.task)
-        means = channel_means(graph.program.module(check_guards=False), inputs, _axes(graph))
+        means = channel_means(graph, inputs, _axes(graph))
         scales, weights = self._scales(module, graph, ranges)
         self.kept = nonzero(module, graph, sparse)
         if self.options.limits:
@@ -123,7 +123,7 @@ class Quantizing:
             functools.partial(self._round, scales=scales, weights=dict(weights)),
         )  # fmt: skip
         with torch.no_grad():
-            correction.run(*inputs)
+            correction.run(inputs, batch_size(graph))
         return correction.largest
 
     def _saturating(
@@ -195,7 +195,9 @@ class Quantizing:
         names = _inputs(graph)
         return {names.get(name, name): pair for name, pair in found.items()}
 
-    def _round(self, node: fx.Node, read: Tensor, scales: Mapping[str, Tensor], weights: dict[str, Tensor]) -> None:
+    def _round(
+        self, node: fx.Node, reads: Sequence[Tensor], scales: Mapping[str, Tensor], weights: dict[str, Tensor]
+    ) -> None:
         """Put one layer's weight on its grid, in place, unless another use of it was there before."""
         weight = weights.pop(node.name, None)
         if weight is None:
@@ -207,7 +209,7 @@ class Quantizing:
             weight.copy_(found if node.name not in self.kept else found * self.kept[node.name])
             return
         most = limits(top(self.bits[node.name]), self.kept.get(node.name))
-        weight.copy_(self.rounding.round(node, read, weight, scales[node.name], most))
+        weight.copy_(self.rounding.round(node, reads, weight, scales[node.name], most))
 
     @property
     def _wide(self) -> bool:

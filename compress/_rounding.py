@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
@@ -32,9 +32,9 @@ class Rounding:
     progress: Callable[[str, int], Callable[[int], None]]
     learning: AdaRound | None = field(default=None, init=False)
 
-    def round(self, node: fx.Node, read: Tensor, weight: Tensor, scale: Tensor, top: int | Tensor) -> Tensor:
-        """The weight's values on the grid, for a layer that reads ``read``."""
-        moments = None if self.method == NEAREST else second_moments(node, read, weight)
+    def round(self, node: fx.Node, reads: Sequence[Tensor], weight: Tensor, scale: Tensor, top: int | Tensor) -> Tensor:
+        """The weight's values on the grid, for a layer that reads ``reads``, samples in several parts."""
+        moments = None if self.method == NEAREST else second_moments(node, reads, weight)
         if moments is None:
             return round_to(weight, scale, top)
         if self.method != LEARNED:

@@ -319,7 +319,7 @@ def test_gptq_errs_less_than_the_nearest_rounding_on_correlated_inputs(layer: nn
     job = Task((Input("x", (1, *x.shape[1:])),))
     call = GraphView.of(layer.eval(), job).calls[0]
     weight, scale = layer.weight.detach().clone(), weight_scale(layer.weight) * 8
-    moments = second_moments(call.node, x, weight)
+    moments = second_moments(call.node, [x], weight)
     assert moments is not None
     errors = []
     with torch.no_grad():
