@@ -204,7 +204,7 @@ class Quantizing:
             return
         if self.options.codebook is not None and self.bits[node.name] < BITS:
             found, self.tables[id(self.weights[node.name][0])] = self.rounding.look_up(
-                node, read, weight, self.options.codebook
+                node, reads, weight, self.options.codebook
             )
             weight.copy_(found if node.name not in self.kept else found * self.kept[node.name])
             return

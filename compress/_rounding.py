@@ -43,9 +43,9 @@ class Rounding:
             self.learning = AdaRound(self.seconds, self.layers, self.progress("learning to round", self.layers))
         return self.learning.round(weight, scale, moments, top)
 
-    def look_up(self, node: fx.Node, read: Tensor, weight: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    def look_up(self, node: fx.Node, reads: Sequence[Tensor], weight: Tensor, channels: int) -> tuple[Tensor, Tensor]:
         """The weight in values of tables that so many output channels share, and the tables (tables, 16)."""
-        moments = None if self.method == NEAREST else second_moments(node, read, weight)
+        moments = None if self.method == NEAREST else second_moments(node, reads, weight)
         tables = tables_of(weight, moments, channels)
         return look_up(weight, tables, moments), tables
 
