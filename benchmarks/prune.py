@@ -2,6 +2,7 @@
 
     python benchmarks/prune.py choose               # the pass and Torch-Pruning's own pruner, not trained
     python benchmarks/prune.py train --roles pruned # the pass's network, with its teacher; goes on where it stopped
+    python benchmarks/prune.py train --roles pruned-64  # the same in batches of 64
     python benchmarks/prune.py train --roles plain  # Torch-Pruning's, on labels alone: as many steps, images and rates
     python benchmarks/prune.py score                # on 10,000 test images, which took part in nothing before
     python benchmarks/prune.py export               # what is raced
