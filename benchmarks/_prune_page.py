@@ -63,7 +63,9 @@ def _accuracy(stored: Row) -> Iterator[str]:
             f"| {_training(trainings.get(role))} |"
         )
     yield ""
-    yield f"The original has {_percent(original)}."
+    other = scores.get("pruned-64-trained")
+    again = "" if other is None else f" Trained in batches of 64 instead, `prune`'s network has {_percent(other)}."
+    yield f"The original has {_percent(original)}.{again}"
 
 
 def _batch(row: Row | None) -> str:
