@@ -308,7 +308,7 @@ def test_weights_have_a_step_per_row() -> None:
         ({"method": "qat", "target": "avx2"}, "target = 'avx2' is for method = 'ptq'"),
         ({"weight_bits": 8, "activation_bits": 4}, "activation_bits = 4 is for weight_bits = 4"),
         ({"weight_bits": 4, "activation_bits": 4, "activations": "auto"}, "activation_bits = 4 is for weight_bits = 4"),
-        ({"weight_bits": 4, "activation_bits": 6}, "activation_bits is 4 or 8, not 6"),
+        ({"weight_bits": 4, "activation_bits": 6}, "activation_bits is 4, 8 or 16, not 6"),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:

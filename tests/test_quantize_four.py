@@ -112,7 +112,7 @@ def test_scale_of_few_levels_clips_rather_than_wastes() -> None:
     [
         ({"weight_bits": 5}, "weight_bits is 4 or 8, not 5"),
         ({"bits": 4}, "bits is 8, not 4"),
-        ({"weight_bits": 4, "activation_bits": 5}, "activation_bits is 4 or 8, not 5"),
+        ({"weight_bits": 4, "activation_bits": 5}, "activation_bits is 4, 8 or 16, not 5"),
         ({"weight_bits": 4, "activation_bits": 8, "target": "avx2"}, "target = 'avx2' is for 8-bit weights"),
         ({"weight_bits": 4, "activations": "dynamic"}, "weight_bits without activation_bits leaves them float"),
     ],
