@@ -28,7 +28,7 @@ class Gated(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.squeeze, self.excite = nn.Conv2d(SHAPE[1], 16, 3), nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+        self.first, self.squeeze, self.excite = nn.Conv2d(SHAPE[1], 16, 3), nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
         self.last = nn.Conv2d(16, 6, 1)
 
     def forward(self, x: Tensor) -> Tensor:
