@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,9 +56,10 @@ class Dialect:
         narrow: activations of fewer than 8 bits are computed: integers saturate where their few bits end.
         twins: the first convolution of a skip is computed twice where other sums read it as well: in float for the one
             that stays float, in integers for the rest.
-        bits: of activations, the most.
+        spans: operator → range of the only grid in which the engine has its result.
         grouped: weights beside float activations may have a scale per group of columns.
         tables: weights beside float activations may be looked up in tables of values.
+        bits: of activations, the most.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Dialect:
     narrow: bool = False
     tables: bool = False
     bits: int = 8
+    spans: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def forms(self) -> dict[str, str]:

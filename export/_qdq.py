@@ -216,7 +216,8 @@ class _Writer:
         step = None
         if word(node) in self.dialect.same_step and node.args[0] in self.grids and known["bits"] == BITS:
             step = float(np.float32(self.grids[node.args[0]].step * OFF_TIES))
-        self.grids.setdefault(node, self.dialect.grid(known["low"], known["high"], step, known["bits"]))
+        low, high = self.dialect.spans.get(word(node), (known["low"], known["high"]))
+        self.grids.setdefault(node, self.dialect.grid(low, high, step, known["bits"]))
 
     def _alone(self, node: Node) -> bool:
         """Whether one operator reads a value, and it may be rounded for that."""

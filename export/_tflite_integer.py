@@ -18,7 +18,16 @@ from edgepack.export._dialects import _assign, _attribute, _groups, retrace
 from edgepack.export._ends import skip_into
 from edgepack.export._fixed_point import BITS as FIXED_BITS
 from edgepack.export._fixed_point import FixedPoint, hold_sums, largest_sum
-from edgepack.export._integer_dialect import ADDITIONS, CONVOLUTIONS, LEAKY, RELUS, Dialect, narrow_depthwise
+from edgepack.export._integer_dialect import (
+    ADDITIONS,
+    CONVOLUTIONS,
+    LEAKY,
+    MULTIPLICATIONS,
+    RELUS,
+    SILU,
+    Dialect,
+    narrow_depthwise,
+)
 from edgepack.export._probed import probed
 from edgepack.export._qdq import quantized
 from edgepack.export._tflite_copies import with_copies
@@ -35,13 +44,16 @@ if TYPE_CHECKING:
     from edgepack.plan import Plan
 
 MEANS = frozenset({"mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d"})
+SIGMOIDS = frozenset({"sigmoid", "sigmoid_"})
 TFLITE = Dialect(
     "s8s8-tflite",
     fused=RELUS,
-    integer=ADDITIONS | LEAKY | MEANS | {"cat"},
+    integer=ADDITIONS | LEAKY | MEANS | SIGMOIDS | MULTIPLICATIONS | {"cat"},
     every_output=CONVOLUTIONS | {"linear"},
     signed=True,
+    split=SILU,
     slow=stays_float,
+    spans=dict.fromkeys(SIGMOIDS, (0.0, 255 / 256)),  # steps of 1/256 from −128 on
 )
 WIDE = FixedPoint("s16s8-tflite", fused=RELUS, integer=ADDITIONS, every_output=CONVOLUTIONS | {"linear"}, signed=True,
                   bits=FIXED_BITS)  # fmt: skip
@@ -65,7 +77,9 @@ def lower_integers(graph: Graph, plan: Plan) -> Graph:
     names = aligned(graph.program.module(check_guards=False), plan)
     forms = {name: _form(node, plan.nodes[name]) for node, name in names.items() if "weight" in plan.nodes[name]}
     dynamic = {name for name, form in forms.items() if form == "dynamic"}
+    scaled = {name for node, name in names.items() if word(node) in MULTIPLICATIONS and len(node.all_input_nodes) < 2}
     nodes = {name: _fixed(entry, forms.get(name)) for name, entry in plan.nodes.items()}
+    nodes |= {name: {**nodes[name], "float": "one factor is a number"} for name in scaled}
     simulation = quantized(graph, replace(plan, nodes=nodes), here()[0])
     return with_halves(_rounding(simulation, plan, dynamic) if dynamic else simulation)
 

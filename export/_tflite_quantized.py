@@ -34,7 +34,7 @@ MOVES = {
 }  # fmt: skip
 # Operator with a weight → axis of output channels in it.
 WEIGHTED = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 0}
-COMPUTED = frozenset({"ADD", "SUB", "MUL", "MEAN", "CONCATENATION", "LEAKY_RELU", "AVERAGE_POOL_2D"})
+COMPUTED = frozenset({"ADD", "SUB", "MUL", "LOGISTIC", "MEAN", "CONCATENATION", "LEAKY_RELU", "AVERAGE_POOL_2D"})
 SAME_GRID = frozenset({"CONCATENATION", "AVERAGE_POOL_2D"})
 # The first version of each operator that takes int8 (weights per channel, of those that have them).
 VERSIONS = {
