@@ -158,7 +158,7 @@ def test_file_computes_its_simulation(
     folder = tmp_path_factory.mktemp("random")
     made = source(folder, Residual(leak, width, fused), seed)
     found = planned_integer(quantized(made.graph, made.plan, ONNX_RUNTIME))
-    assert sum(found.values()) == (3 if width >= 16 else 2 if width > 4 else 1)
+    assert sum(found.values()) == (4 if width >= 16 else 3)  # a narrow depthwise layer stays float
     artifact = export(folder, [Onnx()], Silent())[0].artifact
     parity = artifact.manifest.parity
     assert parity.sqnr_db is None or parity.sqnr_db > 40
