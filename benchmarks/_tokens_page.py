@@ -161,10 +161,14 @@ def _tuned(stored: Row) -> Iterator[str]:
     yield ""
     first = stored["tuned"][0]
     used = first["settings"]
+    rates = {
+        f"{one['settings']['lr']:g} in {one['settings'].get('precision', 'float32')} for {one['epochs']} epochs": None
+        for one in sorted(stored["tuned"], key=lambda row: row["epochs"])
+    }
     yield (
         f"The same ViT trained by the pass (`tune`): {first['images']:,} training images, {used['optimizer']}, "
-        f"learning rate {used['lr']:g}, batches of {used['batch']}, crops and flips, labels and the uncut original as "
-        f"teacher ({used['share']:g} of the loss); the keep rate falls from 1 during the first {first['shrink']:g} "
+        f"learning rate {', '.join(rates)}, batches of {used['batch']}, crops and flips, labels and the uncut "
+        f"original as teacher ({used['share']:g} of the loss); the keep rate falls from 1 during the first {first['shrink']:g} "
         "of the training. *Uncut* is the network at keep rate 1 on the same schedule. The epoch was chosen on held-out "
         f"training images; {first['samples']:,} test images. 8 bits: `quantize` on the trained network, real files in "
         "their engines. × as fast: the float file over the uncut float file, one thread, one image, interleaved. "
