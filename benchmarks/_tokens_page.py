@@ -170,8 +170,9 @@ def _tuned(stored: Row) -> Iterator[str]:
         f"learning rate {', '.join(rates)}, batches of {used['batch']}, crops and flips, labels and the uncut "
         f"original as teacher ({used['share']:g} of the loss); the keep rate falls from 1 during the first "
         f"{first['shrink']:g} of the training. *Uncut* is the network at keep rate 1 on the same schedule. The epoch "
-        f"was chosen on held-out training images; {first['samples']:,} test images. 8 bits: `quantize` "
-        "on the trained network, real files in their engines. × as fast: the float file over the uncut float file, one thread, one image, interleaved. "
+        f"was chosen on held-out training images; {first['samples']:,} test images. 8 bits: `quantize` on the trained "
+        "network, real files in their engines. × as fast: the float file over the uncut float file, one thread, one "
+        "image, interleaved. "
         "Seconds of training are of a machine with much other work. A dash: not run."
     )
     yield ""
