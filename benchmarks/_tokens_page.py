@@ -24,9 +24,13 @@ def store(stage: str, rows: Sequence[Row], key: Sequence[str], facts: Row) -> No
     """Replace rows of the same key, and write the page."""
     stored: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if rows:
-        new = {tuple(map(row.get, key)) for row in rows}
-        old = [row for row in stored.get(stage, []) if tuple(map(row.get, key)) not in new]
-        stored[stage] = sorted([*old, *rows], key=lambda row: [str(row.get(name)) for name in key])
+
+        def named(row: Row) -> list[str]:
+            return [str(row.get(name)) for name in key]
+
+        new = [named(row) for row in rows]
+        old = [row for row in stored.get(stage, []) if named(row) not in new]
+        stored[stage] = sorted([*old, *rows], key=named)
         stored["facts"] = facts
     write_text(RESULTS, json.dumps(stored, indent=1, allow_nan=False) + "\n")
     write_text(DOCUMENT, "\n".join(document(stored)) + "\n")

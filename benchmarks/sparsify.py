@@ -54,9 +54,6 @@ ROWS: Mapping[str, Sparsify] = {
     "2:4": Sparsify(pattern="2:4", tune=replace(TUNE, epochs=3, lr=0.01)),
     "80 %": Sparsify(sparsity=0.8, tune=replace(HARD, epochs=11)),
     "90 %": Sparsify(sparsity=0.9, tune=replace(HARD, epochs=13)),
-    "90 %, gradually": Sparsify(
-        sparsity=0.9, schedule="gradual", tune=replace(HARD, epochs=14, held_out=0, weight_decay=0.0)
-    ),
 }
 
 
