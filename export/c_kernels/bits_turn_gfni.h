@@ -2,7 +2,7 @@
  * Pixels need not stay in their order within a unit, for turn_out undoes what turn_in did. */
 
 /* What 8 × 8 bits are multiplied with to be transposed: the order of bits is reversed, and once more. */
-#define INTO 0x8040201008040201ll
+#define INTO (long long)0x8040201008040201ull
 #define BACK 0x0102040810204080ll
 
 /* Eight pixels, of which n are there; the others are 0. */
