@@ -117,8 +117,10 @@ def _fixed(entry: Mapping[str, Any], form: str | None) -> dict[str, Any]:
 def _rounding(simulation: Graph, plan: Plan, dynamic: Collection[str]) -> Graph:
     """Round what operators with dynamic activations read as XNNPACK does: rows of a linear layer, whole images."""
     module = simulation.program.module(check_guards=False)
+    kinds = {plan.nodes[name]["operator"] for name in dynamic}  # others may be constants by now
+    planned = {name: entry for name, entry in plan.nodes.items() if entry["operator"] in kinds}
     rounded: dict[tuple[Node, bool], Node] = {}
-    for node, name in aligned(module, plan).items():
+    for node, name in aligned(module, replace(plan, nodes=planned)).items():
         if name not in dynamic:
             continue
         source: Any = node.args[0]

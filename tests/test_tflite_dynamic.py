@@ -41,12 +41,13 @@ class Block(nn.Module):
         self.one, self.two, self.activation = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH), activation()
         self.query, self.key, self.value, self.back = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
         self.wide, self.narrow = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(3 * WIDTH, WIDTH)
+        self.gain = nn.Parameter(torch.rand(WIDTH))  # its change of shape is no operator of the file
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.one(x)
         heads = [layer(y).unflatten(2, (HEADS, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)]
         x = x + self.back(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
-        return x + self.narrow(self.activation(self.wide(self.two(x))))
+        return x + self.narrow(self.activation(self.wide(self.two(x)))) * self.gain.reshape(1, 1, -1)
 
 
 class Transformer(nn.Module):
