@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
-from edgepack.errors import require
+from edgepack.export._coreml_operators import taught
 from edgepack.export._dialects import _assign, _attribute, retrace
 
 if TYPE_CHECKING:
@@ -37,13 +36,13 @@ def merge_groups(graph: Graph) -> Graph:
     ]
     if not found:
         return graph
-    _teach()
+    operator = taught(NAME, _dequantize, _written)
     for node in found:
-        _merge(module, node)
+        _merge(module, node, operator)
     return retrace(graph, module)
 
 
-def _merge(module: GraphModule, node: Node) -> None:
+def _merge(module: GraphModule, node: Node, operator: Any) -> None:
     wide: Any
     sizes: Any
     wide, sizes = node.args[:2]
@@ -60,37 +59,15 @@ def _merge(module: GraphModule, node: Node) -> None:
         with module.graph.inserting_before(node):
             kept.append(module.graph.get_attr(name))
     with module.graph.inserting_before(node):
-        merged = module.graph.call_function(_operator(), tuple(kept))
+        merged = module.graph.call_function(operator, tuple(kept))
     node.replace_all_uses_with(merged)
     module.graph.erase_node(node)
 
 
-@functools.cache
-def _operator() -> Any:
+def _dequantize(integers: Tensor, scale: Tensor) -> Tensor:
     """``integers · scale``, each scale for a block of columns: (rows, columns, …) and (rows, groups, …)."""
-    import torch
-
-    def dequantize_groups(integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return integers * scale.repeat_interleave(integers.shape[1] // scale.shape[1], 1)
-
-    def like(integers: Tensor, scale: Tensor) -> Tensor:
-        return torch.empty_like(integers, dtype=scale.dtype)
-
-    # postponed annotations would be looked up among this module's names, where torch is not
-    dequantize_groups.__annotations__ = dict.fromkeys(("integers", "scale", "return"), torch.Tensor)
-    made = torch.library.custom_op(NAME, dequantize_groups, mutates_args=())
-    made.register_fake(like)
-    return torch.ops.edgepack.dequantize_groups.default
+    return integers * scale.repeat_interleave(integers.shape[1] // scale.shape[1], 1)
 
 
-@functools.cache
-def _teach() -> None:
-    """Tell coremltools how to write the operator."""
-    registry = require("coremltools.converters.mil.frontend.torch.torch_op_registry", "coreml")
-    utils = require("coremltools.converters.mil.frontend._utils", "coreml")
-
-    def dequantize_groups(context: Any, node: Any) -> None:
-        integers, scale = (context[name].val for name in node.inputs)
-        context.add(utils._construct_constexpr_dequant_op(integers, None, scale, name=node.name), node.name)
-
-    registry.register_torch_op(dequantize_groups, torch_alias=[NAME, NAME.replace("::", ".")])
+def _written(utils: Any, integers: Any, scale: Any, name: str) -> Any:
+    return utils._construct_constexpr_dequant_op(integers, None, scale, name=name)

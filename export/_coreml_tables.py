@@ -6,14 +6,14 @@ of output channels).
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepack.errors import ParityError, Unsupported, require
+from edgepack.errors import ParityError, Unsupported
+from edgepack.export._coreml_operators import taught
 from edgepack.export._dialects import _assign, _attribute, retrace
 from edgepack.export._packed import nibbles
 
@@ -53,7 +53,7 @@ def merge_tables(graph: Graph) -> Graph:
     found = _looked_up(module)
     if not found:
         return graph
-    _teach()
+    operator = taught(NAME, _look_up, _written)
     for node in found:
         tables, codes = (_attribute(module, source) for source in node.all_input_nodes)
         places, shape = codes % tables.shape[1], [len(tables), *[1] * (codes.dim() - 1), tables.shape[1], 1]
@@ -64,7 +64,7 @@ def merge_tables(graph: Graph) -> Graph:
             with module.graph.inserting_before(node):
                 kept.append(module.graph.get_attr(name))
         with module.graph.inserting_before(node):
-            merged = module.graph.call_function(_operator(), (kept[0], kept[1]))
+            merged = module.graph.call_function(operator, (kept[0], kept[1]))
         node.replace_all_uses_with(merged)
         module.graph.erase_node(node)
     return retrace(graph, module)
@@ -113,33 +113,11 @@ def _looked_up(module: GraphModule) -> list[Node]:
     return list(module.graph.find_nodes(op="call_function", target=torch.ops.aten.take.default))
 
 
-@functools.cache
-def _operator() -> Any:
+def _look_up(places: Tensor, tables: Tensor) -> Tensor:
     """``tables[block of the first axis][place]``."""
-    import torch
-
-    def look_up(places: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-        blocks = places.reshape(len(tables), -1).long()
-        return tables.reshape(len(tables), -1).gather(1, blocks).reshape(places.shape)
-
-    def like(places: Tensor, tables: Tensor) -> Tensor:
-        return torch.empty_like(places, dtype=tables.dtype)
-
-    # postponed annotations would be looked up among this module's names, where torch is not
-    look_up.__annotations__ = dict.fromkeys(("places", "tables", "return"), torch.Tensor)
-    made = torch.library.custom_op(NAME, look_up, mutates_args=())
-    made.register_fake(like)
-    return torch.ops.edgepack.look_up.default
+    blocks = places.reshape(len(tables), -1).long()
+    return tables.reshape(len(tables), -1).gather(1, blocks).reshape(places.shape)
 
 
-@functools.cache
-def _teach() -> None:
-    """Tell coremltools how to write the operator."""
-    registry = require("coremltools.converters.mil.frontend.torch.torch_op_registry", "coreml")
-    utils = require("coremltools.converters.mil.frontend._utils", "coreml")
-
-    def look_up(context: Any, node: Any) -> None:
-        places, tables = (context[name].val for name in node.inputs)
-        context.add(utils._construct_constexpr_lut_op(places, tables, name=node.name), node.name)
-
-    registry.register_torch_op(look_up, torch_alias=[NAME, NAME.replace("::", ".")])
+def _written(utils: Any, places: Array, tables: Array, name: str) -> Any:
+    return utils._construct_constexpr_lut_op(places, tables, name=name)
