@@ -58,14 +58,16 @@ def captured(module: nn.Module, *shape: int) -> Graph:
     return capture(module.eval(), Task((Input("x", shape),)))
 
 
-def write(graph: Graph, folder: Path, plan: Plan | None = None, **options: object) -> tuple[Artifact, Graph]:
+def write(
+    graph: Graph, folder: Path, plan: Plan | None = None, format: str = "c", **options: object
+) -> tuple[Artifact, Graph]:
     """The files of a graph and its simulation, as an artifact without golden samples."""
-    exporter = parts.find(Exporter, "c")(**options)  # type: ignore[type-abstract]
+    exporter = parts.find(Exporter, format)(**options)  # type: ignore[type-abstract]
     simulation = exporter.lower(with_front(graph, exporter.layout, exporter.normalize), plan or Plan())
     folder.mkdir(parents=True)
     census = exporter.write(simulation, folder)
     manifest = Manifest(
-        "c", "c", simulation.dialect, simulation.inputs, simulation.outputs, describe_files(folder),
+        format, format, simulation.dialect, simulation.inputs, simulation.outputs, describe_files(folder),
         census={"notes": list(census.notes), "operators": census.operators},
     )  # fmt: skip
     (folder / "artifact.json").write_text(manifest.to_json(), encoding="utf-8")

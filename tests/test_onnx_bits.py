@@ -20,17 +20,15 @@ if shutil.which("cc") is None:
 from torch import nn  # noqa: E402
 
 from _bits import Many  # noqa: E402
-from _c_files import captured, compressed  # noqa: E402
-from edgepack.artifact import Artifact, Manifest, describe_files  # noqa: E402
+from _c_files import captured, compressed, write  # noqa: E402
+from edgepack.artifact import Artifact, describe_files  # noqa: E402
 from edgepack.compress._binary import Binary  # noqa: E402
-from edgepack.contracts import Graph  # noqa: E402
 from edgepack.deploy.linux import Linux  # noqa: E402
 from edgepack.errors import InputError, MissingExtra, Unsupported  # noqa: E402
 from edgepack.export.onnx import Onnx  # noqa: E402
 from edgepack.exporting import export  # noqa: E402
 from edgepack.graph import capture  # noqa: E402
 from edgepack.operators import BINARY_CONV  # noqa: E402
-from edgepack.plan import Plan  # noqa: E402
 from edgepack.progress import Silent  # noqa: E402
 from edgepack.runtimes import _onnx_operators  # noqa: E402
 from edgepack.runtimes.onnxruntime import Onnxruntime  # noqa: E402
@@ -47,20 +45,6 @@ def own_library() -> Any:
     _onnx_operators.operators.cache_clear()
 
 
-def write(graph: Graph, folder: Path, **options: Any) -> Artifact:
-    """The file of a graph, as an artifact without golden samples."""
-    exporter = Onnx(**options)
-    simulation = exporter.lower(graph, Plan())
-    folder.mkdir(parents=True)
-    census = exporter.write(simulation, folder)
-    manifest = Manifest(
-        "onnx", "onnx", simulation.dialect, simulation.inputs, simulation.outputs, describe_files(folder),
-        census={"notes": list(census.notes), "operators": census.operators},
-    )  # fmt: skip
-    (folder / "artifact.json").write_text(manifest.to_json(), encoding="utf-8")
-    return Artifact.open(folder)
-
-
 def answers(artifact: Artifact, inputs: dict[str, Any], optimize: bool = True) -> dict[str, Any]:
     return Onnxruntime(optimize=optimize).load(artifact, threads=1).run(inputs)
 
@@ -75,7 +59,7 @@ def binary(layer: nn.Module, shortcut: bool = False) -> Binary:
 def test_random_layers_are_the_reference_bit_for_bit(tmp_path: Path) -> None:
     """Strides, dilation, groups, padding with −1 and 0, before the layer and in pairs that differ by side."""
     graph = captured(Many(1, 16), 1, 3, 11, 13)
-    reference, packed = (write(graph, tmp_path / form, binary=form) for form in ("float", "packed"))
+    reference, packed = (write(graph, tmp_path / form, format="onnx", binary=form)[0] for form in ("float", "packed"))
     assert packed.manifest.census is not None
     assert packed.manifest.census["operators"][BINARY_CONV] >= 16
     inputs = {"x": np.random.default_rng(0).standard_normal((2, 3, 11, 13)).astype(np.float32)}
@@ -107,7 +91,7 @@ def test_rows_products_biases_and_any_batch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     task = Task((Input("x", (1, 40, 9, 12)),))
     graph = capture(Mixed().eval(), task)
-    reference, packed = (write(graph, tmp_path / form, binary=form) for form in ("float", "packed"))
+    reference, packed = (write(graph, tmp_path / form, format="onnx", binary=form)[0] for form in ("float", "packed"))
     assert packed.manifest.census is not None
     assert packed.manifest.census["operators"][BINARY_CONV] == 5
     assert packed.manifest.census["operators"]["Conv"] == 1  # padded with −1, then with 0
@@ -145,7 +129,7 @@ def test_an_artifact_is_proved_and_traced_as_others_are(tmp_path: Path) -> None:
 
 
 def test_no_binary_layer_is_said(tmp_path: Path) -> None:
-    artifact = write(captured(nn.Conv2d(2, 2, 1), 1, 2, 3, 3), tmp_path / "a", binary="packed")
+    artifact, _ = write(captured(nn.Conv2d(2, 2, 1), 1, 2, 3, 3), tmp_path / "a", format="onnx", binary="packed")
     assert artifact.manifest.census is not None
     assert artifact.manifest.census["notes"] == ["binary = 'packed', but no layer computes with ±1 on signs"]
 
@@ -157,7 +141,9 @@ def test_what_the_option_can_be() -> None:
 
 def test_without_a_compiler_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    artifact = write(captured(binary(nn.Conv2d(3, 4, 1)), 1, 3, 5, 5), tmp_path / "a", binary="packed")
+    artifact, _ = write(
+        captured(binary(nn.Conv2d(3, 4, 1)), 1, 3, 5, 5), tmp_path / "a", format="onnx", binary="packed"
+    )
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(MissingExtra, match=re.escape("there is no C compiler here (no-such-compiler)")):
         Onnxruntime().load(artifact)
@@ -165,7 +151,9 @@ def test_without_a_compiler_the_error_says_what_to_install(tmp_path: Path, monke
 
 def test_damaged_operators_are_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    artifact = write(captured(binary(nn.Conv2d(3, 4, 1)), 1, 3, 5, 5), tmp_path / "a", binary="packed")
+    artifact, _ = write(
+        captured(binary(nn.Conv2d(3, 4, 1)), 1, 3, 5, 5), tmp_path / "a", format="onnx", binary="packed"
+    )
     path = artifact.file(".onnx")
     model = onnx.load(path)
     (node,) = (node for node in model.graph.node if node.op_type == BINARY_CONV)
