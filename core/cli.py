@@ -84,7 +84,8 @@ def compress(call: Call, recipe: Target = RECIPE) -> Json:
         return _plan(call, loaded, "compress")
     result = pipeline.compress_recipe(loaded, call.options())
     call.screen.show(_tables.compressed(result))
-    call.screen.say(f"{result.folder} {_when(result.up_to_date, result.seconds)}\nnext: edgepack export {recipe}")
+    step = f"edgepack export {recipe}" if call.out is None else f"edgepack export {recipe} --out {call.out}"
+    call.screen.say(f"{result.folder} {_when(result.up_to_date, result.seconds)}\nnext: {step}")
     return result.to_json()
 
 

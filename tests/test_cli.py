@@ -260,6 +260,14 @@ def test_starts_fast_and_without_heavy_packages() -> None:
 
 
 @pytest.mark.slow
+def test_the_next_command_names_where_the_results_are(edgepack: Run, digits: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
+    status, _, err = edgepack("compress", digits, "--out", tmp_path / "results")
+    assert status == 0, err
+    said = "".join(err.split())
+    assert "".join(f"next: edgepack export {digits} --out {tmp_path / 'results'}".split()) in said
+
+
 def test_the_whole_job_on_the_example(edgepack: Run, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="pip install 'edgepack[all]'")
     home = tmp_path / "demo"
