@@ -212,9 +212,10 @@ def _word(node: Node) -> str:
 
 def _scaled(value: Array, wanted: Array) -> Array:
     """The multiple of a tensor that is nearest to another."""
-    if value.dtype.kind != "f" or not value.any():
+    power = float(np.vdot(value, value)) if value.dtype.kind == "f" else 0.0
+    if not power:  # also where the squares of tiny values are nothing
         return value
-    factor = float(np.vdot(value, wanted) / np.vdot(value, value))
+    factor = float(np.vdot(value, wanted)) / power
     return value if abs(factor - 1) < FLOAT_LIMIT else value * np.float32(factor)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from edgepack.contracts import Graph
 from edgepack.errors import ParityError, require
 from edgepack.export._alignment import aligned, word
-from edgepack.export._dialects import _assign, _attribute, _groups, retrace
+from edgepack.export._dialects import _assign, _attribute, retrace
 from edgepack.export._ends import skip_into
 from edgepack.export._fixed_point import BITS as FIXED_BITS
 from edgepack.export._fixed_point import FixedPoint, hold_sums, largest_sum
@@ -31,6 +30,7 @@ from edgepack.export._integer_dialect import (
 from edgepack.export._probed import probed
 from edgepack.export._qdq import quantized
 from edgepack.export._tflite_copies import with_copies
+from edgepack.export._tflite_dynamic import fixed, forms_of, rounding
 from edgepack.export._tflite_ends import image_convolution, stays_float
 from edgepack.export._tflite_file import constant
 from edgepack.export._tflite_pools import with_halves, without_halves
@@ -74,14 +74,15 @@ def lower_integers(graph: Graph, plan: Plan) -> Graph:
     graph, plan = with_copies(graph, plan)
     plan = harmonized(graph, plan)
     graph = with_slopes(graph, plan)
-    names = aligned(graph.program.module(check_guards=False), plan)
-    forms = {name: _form(node, plan.nodes[name]) for node, name in names.items() if "weight" in plan.nodes[name]}
+    module = graph.program.module(check_guards=False)
+    names = aligned(module, plan)
+    forms = forms_of(module, plan, names, TFLITE)
     dynamic = {name for name, form in forms.items() if form == "dynamic"}
     scaled = {name for node, name in names.items() if word(node) in MULTIPLICATIONS and len(node.all_input_nodes) < 2}
-    nodes = {name: _fixed(entry, forms.get(name)) for name, entry in plan.nodes.items()}
+    nodes = {name: fixed(entry, forms.get(name)) for name, entry in plan.nodes.items()}
     nodes |= {name: {**nodes[name], "float": "one factor is a number"} for name in scaled}
     simulation = quantized(graph, replace(plan, nodes=nodes), here()[0])
-    return with_halves(_rounding(simulation, plan, dynamic) if dynamic else simulation)
+    return with_halves(rounding(simulation, plan, dynamic, TFLITE.forms["dynamic"]) if dynamic else simulation)
 
 
 def sums_of(simulation: Graph) -> dict[str, int]:
@@ -95,55 +96,6 @@ def sums_of(simulation: Graph) -> dict[str, int]:
             name = str(stored[0].args[0].target).removesuffix("_integers")
             sums[name] = largest_sum(weight, bias[0] if bias else np.zeros(1))
     return sums
-
-
-def _form(node: Node, entry: Mapping[str, Any]) -> str:
-    """How the activations of a weighted operator are rounded; images at run time are slow but for patches."""
-    asked = str(entry.get("activations", "static"))
-    patches = word(node) == "conv2d" and _groups(node) == 1 and list(node.args[3:4]) == [list(_kernel(node))]
-    return "static" if asked == "dynamic" and word(node) != "linear" and not patches else asked
-
-
-def _kernel(node: Node) -> Sequence[int]:
-    weight: Any = node.args[1]
-    return tuple(weight.meta["val"].shape[2:])
-
-
-def _fixed(entry: Mapping[str, Any], form: str | None) -> dict[str, Any]:
-    """What is rounded at run time reads floats, as far as ranges are concerned."""
-    return dict(entry) if form is None else {**entry, "activations": "float" if form == "dynamic" else form}
-
-
-def _rounding(simulation: Graph, plan: Plan, dynamic: Collection[str]) -> Graph:
-    """Round what operators with dynamic activations read as XNNPACK does: rows of a linear layer, whole images."""
-    module = simulation.program.module(check_guards=False)
-    kinds = {plan.nodes[name]["operator"] for name in dynamic}  # others may be constants by now
-    planned = {name: entry for name, entry in plan.nodes.items() if entry["operator"] in kinds}
-    rounded: dict[tuple[Node, bool], Node] = {}
-    for node, name in aligned(module, replace(plan, nodes=planned)).items():
-        if name not in dynamic:
-            continue
-        source: Any = node.args[0]
-        key = (source, word(node) == "linear")
-        with module.graph.inserting_before(node):
-            if key not in rounded:
-                rounded[key] = _rounded(module, source, whole=not key[1])
-        node.update_arg(0, rounded[key])
-    return replace(retrace(simulation, module), dialect=TFLITE.forms["dynamic"])
-
-
-def _rounded(module: GraphModule, source: Node, whole: bool) -> Node:
-    import torch
-
-    operators = torch.ops.quantized_decomposed
-    call = module.graph.call_function
-    rows = call(torch.ops.aten.flatten.using_ints, (source, 1)) if whole else source
-    how = call(operators.choose_qparams_per_token_asymmetric.default, (rows, torch.int8))
-    step, zero = call(operator.getitem, (how, 0)), call(operator.getitem, (how, 1))
-    limits = (step, zero, -128, 127, torch.int8)
-    stored = call(operators.quantize_per_token.default, (rows, *limits))
-    value = call(operators.dequantize_per_token.default, (stored, *limits, torch.float32))
-    return call(torch.ops.aten.view_as.default, (value, source)) if whole else value
 
 
 def float_weights(simulation: Graph) -> tuple[Graph, list[Weight]]:

@@ -19,6 +19,9 @@ from edgepack.artifact import Artifact  # noqa: E402
 from edgepack.compress.quantize import Quantize  # noqa: E402
 from edgepack.compressing import compress  # noqa: E402
 from edgepack.contracts import Graph  # noqa: E402
+from edgepack.export._alignment import aligned  # noqa: E402
+from edgepack.export._tflite_dynamic import forms_of  # noqa: E402
+from edgepack.export._tflite_integer import TFLITE  # noqa: E402
 from edgepack.export.tflite import Tflite  # noqa: E402
 from edgepack.exporting import Source, export, simulation_of  # noqa: E402
 from edgepack.graph import nudged, run_graph  # noqa: E402
@@ -127,3 +130,39 @@ def test_what_rounding_at_run_time_does_sets_the_limit(artifact: Artifact, simul
     assert own is not None
     assert 40 < own < 140
     assert artifact.manifest.parity.least_db == pytest.approx(min(45.0, own - 6))
+
+
+class Mixed(nn.Module):
+    """Convolutions of integers and of floats: beside each, how TFLite is to round what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 3, padding=1)  # an image: static
+        self.point = nn.Conv2d(WIDTH, WIDTH, 1)  # the stem's integers: static
+        self.one = nn.LayerNorm(WIDTH)
+        self.wide = nn.Conv2d(WIDTH, WIDTH, 7, padding=3, groups=WIDTH)  # floats, many taps: dynamic
+        self.few = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH)  # floats, few taps: float
+        self.up, self.down = nn.Conv2d(WIDTH, 2 * WIDTH, 1), nn.Conv2d(2 * WIDTH, WIDTH, 1)  # floats: dynamic
+        self.halves = nn.Conv2d(WIDTH, WIDTH, 1, stride=2)  # not every point: static
+        self.out = nn.Linear(WIDTH, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(self.point(F.relu(self.stem(x))).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = x + self.down(F.gelu(self.up(F.gelu(self.few(self.wide(x))))))
+        return self.out(F.gelu(self.halves(F.gelu(x))).mean((2, 3)))
+
+
+def test_convolutions_of_floats_are_rounded_where_that_is_fast(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    task = Task((Input("x", (1, 3, 16, 16), layout="NCHW"),), calibration=Samples(VALUES))  # type: ignore[arg-type]
+    plain = Quantize(activations="dynamic", equalize=False, explain=False, bias_correct=False, rounding="nearest")
+    compress(Mixed().eval(), task, [plain], tmp_path, Silent())
+    source = Source.open(tmp_path / "compressed")
+    module = source.graph.program.module(check_guards=False)
+    forms = forms_of(module, source.plan, aligned(module, source.plan), TFLITE)
+    static, dynamic = "static", "dynamic"
+    assert list(forms.values()) == [static, static, dynamic, "float", dynamic, dynamic, static, dynamic]
+    manifest = export(tmp_path, [Tflite()], Silent())[0].artifact.manifest
+    assert (manifest.parity.status, manifest.dialect) == ("checked", "d8s8-tflite")
+    assert manifest.census is not None
+    assert manifest.census["notes"][-1].endswith("left: DEPTHWISE_CONV_2D 1")
