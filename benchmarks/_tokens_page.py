@@ -182,12 +182,12 @@ def _tuned(stored: Row) -> Iterator[str]:
     yield ""
     engines = list(NAMES)
     yield (
-        "| epochs | keep rate | cuts in blocks | untrained | trained | points below uncut | "
+        "| epochs | keep rate | cuts in blocks | MACs M | untrained | trained | points below uncut | "
         f"{' | '.join(f'8 bits, {NAMES[engine]}' for engine in engines)} "
         f"| {' | '.join(f'× as fast, {NAMES[engine]}' for engine in engines)} | training |"
     )
-    yield f"{'| --- ' * (7 + 2 * len(engines))}|"
-    for row in sorted(stored["tuned"], key=lambda row: (row["epochs"], -row["keep_rate"])):
+    yield f"{'| --- ' * (8 + 2 * len(engines))}|"
+    for row in sorted(stored["tuned"], key=lambda row: (row["epochs"], -row["keep_rate"], row.get("blocks") or [])):
         yield _trained(row, stored, engines)
 
 
@@ -204,11 +204,12 @@ def _trained(row: Row, stored: Row, engines: Sequence[str]) -> str:
     places = ", ".join(map(str, blocks or (1, 3, 4))) if rate < 1 else "–"
     cells = [
         places,
+        f"{row['macs'] / 1e6:.1f}" if "macs" in row else "–",
         f"{100 * before[0]:.2f} %" if before else "–",
         f"{100 * row['top1']:.2f} %",
         f"{100 * (uncut[0] - row['top1']):.2f}" if uncut and rate < 1 else "–",
         *(f"{100 * eight[engine]:.2f} %" if engine in eight else "–" for engine in engines),
-        *("–" if blocks else _faster(engine, rate, stored) for engine in engines),
+        *(_faster(engine, rate, stored, blocks) for engine in engines),
         f"{row['seconds']:.0f} s",
     ]
     return f"| {epochs} | {rate:g} | {' | '.join(cells)} |"
@@ -238,8 +239,10 @@ def _engine(found: Row, engine: str, rate: float, stored: Row) -> str:
     return f"{100 * found['top1']:.2f} %, {100 * found['same_tokens']:.2f} %, {found['max_rel']:.0e}, {faster}"
 
 
-def _faster(engine: str, rate: float, stored: Row) -> str:
-    timed = [row for row in stored.get("race_vit", []) if row["engine"] == engine and row["keep_rate"] == rate]
+def _faster(engine: str, rate: float, stored: Row, blocks: Sequence[int] | None = None) -> str:
+    wanted = (engine, rate, blocks)
+    timed = [row for row in stored.get("race_vit", ())
+             if (row["engine"], row["keep_rate"], row.get("blocks")) == wanted]  # fmt: skip
     ratio = timed[0]["ratio"] if timed else None
     return "–" if ratio is None else f"{1 / ratio['value']:.2f} [{1 / ratio['high']:.2f}, {1 / ratio['low']:.2f}]"
 

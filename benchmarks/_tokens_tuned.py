@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from _tokens_files import ENGINES, applied, cut, write
-from _tokens_vit import BATCH, ITEM, answers, pictures, vit
+from _tokens_vit import BATCH, ITEM, answers, pictures, vit, where
 from torch import nn
 
 from edgepack import metrics, parts
 from edgepack.artifact import MANIFEST, Artifact
+from edgepack.compress._macs import macs
 from edgepack.compress._tune import Tune
 from edgepack.compress.quantize import Quantize
 from edgepack.compress.reorganize import Reorganize
@@ -61,6 +62,7 @@ def tuned(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "keep_rate": rate, "epochs": options.epochs, "top1": top1(found, *test), "samples": len(test[1]),
             "seconds": learnt["seconds"], "kept": learnt["kept"], "history": learnt["epochs"],
             "settings": asdict(settings(options.epochs)), "shrink": SHRINK, "images": len(task.training or ()),
+            "macs": macs(found, (torch.zeros(1, 3, 32, 32),)),
             **({"blocks": list(options.blocks), "untrained": top1(cut(original, task, rate, options.blocks), *test)}
                if options.blocks else {}),
         }  # fmt: skip
@@ -105,8 +107,7 @@ def weights(options: argparse.Namespace, rate: float) -> Path:
 
 def called(options: argparse.Namespace, rate: float) -> str:
     """What files of one training are called."""
-    places = f" in {'-'.join(map(str, options.blocks))}" if options.blocks else ""
-    return f"{options.epochs} keep {rate:g}{places}"
+    return f"{options.epochs} keep {rate:g}{where(options.blocks)}"
 
 
 def top1(module: nn.Module, images: Any, labels: Any) -> float:

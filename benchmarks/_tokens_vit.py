@@ -111,24 +111,30 @@ def prepare_vit(options: argparse.Namespace) -> None:
     """Write the ViT as every file its races need."""
     network, task = vit(options.data), Task((ITEM,))
     for rate in options.rates:
-        graph = capture(cut(network, task, rate), task)
+        graph = capture(cut(network, task, rate, options.blocks), task)
         for engine in options.engines:
-            write(engine, graph, Plan(), task, place(options.work, engine, rate))
+            write(engine, graph, Plan(), task, place(options.work, engine, rate, options.blocks))
 
 
-def place(work: Path, engine: str, rate: float) -> Path:
-    return work / f"vit {engine} keep {rate:g}"
+def place(work: Path, engine: str, rate: float, blocks: Sequence[int] = ()) -> Path:
+    return work / f"vit {engine} keep {rate:g}{where(blocks) if rate < 1 else ''}"
+
+
+def where(blocks: Sequence[int]) -> str:
+    """What files of a network say of the blocks that are cut; nothing of the default ones."""
+    return f" in {'-'.join(map(str, blocks))}" if blocks else ""
 
 
 def race_vit(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     runtime = parts.find(Runtime, ENGINES[options.engine])()
     settings = Settings(max_seconds=options.seconds, cold=False, half_width=0.012, instances=options.instances)
     contenders = [
-        Contender(f"{rate:g}", accepted(place(options.work, options.engine, rate), runtime), runtime)
+        Contender(f"{rate:g}", accepted(place(options.work, options.engine, rate, options.blocks), runtime), runtime)
         for rate in options.rates
     ]
     for profile in Host().measure(contenders, settings):
         yield {
             "engine": options.engine, "keep_rate": float(profile.label), "p50_ms": profile.latency_ms.p50,
             "ratio": None if profile.ratio is None else asdict(profile.ratio), "state": profile.conditions["state"],
+            **({"blocks": list(options.blocks)} if options.blocks else {}),
         }  # fmt: skip

@@ -191,7 +191,7 @@ STAGES: dict[str, tuple[Any, tuple[str, ...]]] = {  # what makes the rows, and w
     "counts": (counts, ("network", "keep_rate")),
     "race": (race, ("engine", "form", "batch", "threads", "keep_rate")),
     "accuracy": (accuracy, ("keep_rate",)),
-    "race_vit": (race_vit, ("engine", "keep_rate")),
+    "race_vit": (race_vit, ("engine", "keep_rate", "blocks")),
     "tuned": (tuned, ("keep_rate", "epochs", "blocks")),
     "integer": (integer, ("keep_rate", "epochs", "blocks", "engine")),
     "equal": (equal, ("side",)),
