@@ -46,8 +46,8 @@ def _accuracy(stored: Row) -> Iterator[str]:
         "Top-1 on all 10,000 test images. None of them took part in a choice: channels were chosen on training images, "
         "learning rate and criterion by short trainings on 5,000 to 8,000 of those, and the last epoch was taken. Both "
         "trainings have as many epochs, images and rates (SGD, cosine, bfloat16, batch norms in training mode); they "
-        f"differ in what is learned from: the original's answers and labels{_batch(trainings.get('pruned'))}, or "
-        f"labels alone{_batch(trainings.get('plain'))}."
+        "differ in what is learned from: the original's answers, its inner results at the last two resolutions and "
+        "labels, or labels alone."
     )
     yield ""
     yield "| network | MACs | parameters | not trained | trained | lost | training |"
@@ -63,13 +63,7 @@ def _accuracy(stored: Row) -> Iterator[str]:
             f"| {_training(trainings.get(role))} |"
         )
     yield ""
-    other = scores.get("pruned-64-trained")
-    again = "" if other is None else f" Trained in batches of 64 instead, `prune`'s network has {_percent(other)}."
-    yield f"The original has {_percent(original)}.{again}"
-
-
-def _batch(row: Row | None) -> str:
-    return "" if row is None else f" in batches of {row['settings']['batch']}"
+    yield f"The original has {_percent(original)}."
 
 
 def _percent(row: Row | None) -> str:
