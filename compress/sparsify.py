@@ -42,7 +42,7 @@ class Sparsify(Pass):
             reads on the calibration data. ``magnitude``: the smallest go and the others stay as they are.
         samples: of the calibration data, for that.
         schedule: ``one-shot``, before training if there is any. ``gradual``: while training, as a cubic, by what the
-            weights are worth then; settled after 70 % of it.
+            weights are worth then; settled after 70 % of it. Better where nearly all are to go (docs/sparsify.md).
         permute: with ``N:M``: exchange channels between layers first, where that changes nothing, so that more stays.
         layers: names of layers that get zeros, with ``*`` and ``?``; a name also covers what is inside it. Empty: every
             convolution and linear layer but depthwise ones, those that read an input of the network and those that
