@@ -35,7 +35,8 @@ class Reorganize(Pass):
 
     Attributes:
         keep_rate: share of the candidates that stays at each cut, above 0, at most 1; 0.7 if nothing is said.
-        blocks: where to cut, counted from 0; default: a quarter, half and three quarters of the depth.
+        blocks: where to cut, counted from 0; default: a quarter, half and three quarters of the depth, as published for
+            twelve blocks. In a network of few blocks later ones may lose far less (docs/tokens.md).
         keep_rates: instead of ``keep_rate``: one for each of ``blocks``.
         fuse: join the others into one token; else they are dropped.
         latency_ratio: instead of ``keep_rate``: the largest rate whose latency over the network's, measured on this
