@@ -41,26 +41,24 @@ def _accuracy(stored: Row) -> Iterator[str]:
     yield "## Accuracy"
     yield ""
     scores = {row["role"]: row for row in stored.get("accuracy", [])}
-    trainings = {row["role"]: row for row in stored.get("training", [])}
     yield (
-        "Top-1 on all 10,000 test images. None of them took part in a choice: channels were chosen on training images, "
-        "learning rate and criterion by short trainings on 5,000 to 8,000 of those, and the last epoch was taken. Both "
-        "trainings have as many epochs, images and rates (SGD, cosine, bfloat16, batch norms in training mode); they "
-        "differ in what is learned from: the original's answers, its inner results at the last two resolutions and "
-        "labels, or labels alone."
+        "Top-1 on all 10,000 test images. Channels were chosen on training images, and the last epoch was taken. All "
+        "trainings have as many epochs, steps and images (SGD, cosine, bfloat16, batch norms in training mode), and "
+        "every learning rate that was tried has its row; they differ in what is learned from: the original's answers, "
+        "its inner results at the last two resolutions and labels, or labels alone."
     )
     yield ""
-    yield "| network | MACs | parameters | not trained | trained | lost | training |"
-    yield "| --- " * 7 + "|"
-    original = scores.get("original")
-    for role in ("pruned", "plain"):
-        choice = next(row for row in stored["choice"] if row["role"] == role)
-        before, after = scores.get(role), scores.get(f"{role}-trained")
-        lost = f"{100 * (original['top1'] - after['top1']):.2f} points" if original and after else "not run"
+    yield "| network | MACs | parameters | not trained | learning rate | trained | lost | training |"
+    yield "| --- " * 8 + "|"
+    original = scores["original"]
+    for row in sorted(stored["training"], key=lambda row: (row["role"].startswith("plain"), row["settings"]["lr"])):
+        role = row["role"].partition("-")[0]
+        choice = next(one for one in stored["choice"] if one["role"] == role)
+        after = scores[f"{row['role']}-trained"]
         shares = [f"{choice[name][1] / choice[name][0]:.3f}" for name in ("macs", "parameters")]
         yield (
-            f"| {ROLES[role]} | {' | '.join(shares)} | {_percent(before)} | {_percent(after)} | {lost} "
-            f"| {_training(trainings.get(role))} |"
+            f"| {ROLES[role]} | {' | '.join(shares)} | {_percent(scores.get(role))} | {row['settings']['lr']:g} "
+            f"| {_percent(after)} | {100 * (original['top1'] - after['top1']):.2f} points | {_training(row)} |"
         )
     yield ""
     yield f"The original has {_percent(original)}."
@@ -70,8 +68,8 @@ def _percent(row: Row | None) -> str:
     return "not run" if row is None else f"{100 * row['top1']:.2f} %"
 
 
-def _training(row: Row | None) -> str:
-    return "not run" if row is None else f"{row['settings']['epochs']} epochs of {row['images']:,} images"
+def _training(row: Row) -> str:
+    return f"{row['settings']['epochs']} epochs of {row['images']:,} images, batches of {row['settings']['batch']}"
 
 
 def _race(stored: Row) -> Iterator[str]:

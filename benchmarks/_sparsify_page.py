@@ -44,7 +44,8 @@ def _accuracy(rows: list[Row]) -> Iterator[str]:
     yield ""
     yield (
         "ResNet-32 on CIFAR-10, top-1 on the test images, none of which took part in any choice. The teacher is the "
-        "dense network, whose answers are followed, and where it says so its inner results. Seconds are of a machine with other work on it, one thread. A row without "
+        "dense network, whose answers are followed, and where it says so its inner results. Seconds are of a machine "
+        "with other work on it, one thread. A row without "
         "training is what the pass alone leaves."
     )
     yield ""

@@ -1,8 +1,8 @@
 """Fewer channels: what training regains, and how much faster. Writes results/prune.json and docs/prune.md.
 
     python benchmarks/prune.py choose               # the pass and Torch-Pruning's own pruner, not trained
-    python benchmarks/prune.py train --roles pruned # the pass's network, with its teacher; goes on where it stopped
-    python benchmarks/prune.py train --roles plain  # Torch-Pruning's, on labels alone: as many steps, images and rates
+    python benchmarks/prune.py train --roles pruned-0.1  # the pass's network, with its teacher, at this learning rate
+    python benchmarks/prune.py train --roles plain-0.1   # Torch-Pruning's, on labels alone; goes on where it stopped
     python benchmarks/prune.py score                # on 10,000 test images, which took part in nothing before
     python benchmarks/prune.py export               # what is raced
     python benchmarks/prune.py race                 # time it: nothing else should run
@@ -53,8 +53,10 @@ PACKAGES = ("torch", "torch-pruning", "onnxruntime", "openvino", "ai-edge-litert
 IMAGES, MULTIPLE = 20000, 8
 OPTIONS = Prune(macs_ratio=0.4999, multiple=MULTIPLE, samples=1024, targets=())
 BUDGET = Prune(latency_ratio=0.7, multiple=MULTIPLE, samples=256)
-PLAIN = Tune(epochs=11, lr=0.1, batch=128, norms="train", held_out=0, precision="bfloat16", teacher="none")
-TUNE = {"pruned": replace(PLAIN, teacher="original", features=("auto",)), "plain": PLAIN}
+PLAIN = Tune(epochs=11, batch=128, norms="train", held_out=0, precision="bfloat16", teacher="none")
+TAUGHT = replace(PLAIN, teacher="original", features=("auto",))
+TUNE = {f"{role}-{rate:g}": replace(base, lr=rate)
+        for role, base in (("pruned", TAUGHT), ("plain", PLAIN)) for rate in (0.05, 0.1, 0.2)}  # fmt: skip
 
 
 def load(data: Path) -> tuple[nn.Module, Task]:
@@ -110,7 +112,7 @@ def train(options: argparse.Namespace) -> None:
     for role in options.roles:
         run = job(module, task, options.work, role)
         run.note = say  # type: ignore[method-assign]
-        trained = tune(kept(options, role), task, run, TUNE[role])
+        trained = tune(kept(options, role.partition("-")[0]), task, run, TUNE[role])
         keep(options, f"{role}-trained", trained)
         found = run.findings["tune"]
         row = {"role": role, "images": IMAGES, "settings": asdict(TUNE[role])}
@@ -206,7 +208,7 @@ STAGES: Mapping[str, Any] = {"choose": choose, "train": train, "score": score, "
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="+", choices=tuple(STAGES))
-    parser.add_argument("--roles", nargs="+", choices=ROLES, default=ROLES)
+    parser.add_argument("--roles", nargs="+", choices=(*ROLES, *TUNE), default=ROLES)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "prune", help="networks, trained and raced")
