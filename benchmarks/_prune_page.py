@@ -50,15 +50,17 @@ def _accuracy(stored: Row) -> Iterator[str]:
     yield ""
     yield "| network | MACs | parameters | not trained | learning rate | trained | lost | training |"
     yield "| --- " * 8 + "|"
-    original = scores["original"]
-    for row in sorted(stored["training"], key=lambda row: (row["role"].startswith("plain"), row["settings"]["lr"])):
+    original = scores.get("original")
+    trainings = stored.get("training", [])
+    for row in sorted(trainings, key=lambda row: (row["role"].startswith("plain"), row["settings"]["lr"])):
         role = row["role"].partition("-")[0]
         choice = next(one for one in stored["choice"] if one["role"] == role)
-        after = scores[f"{row['role']}-trained"]
+        after = scores.get(f"{row['role']}-trained")
+        lost = f"{100 * (original['top1'] - after['top1']):.2f} points" if original and after else "not run"
         shares = [f"{choice[name][1] / choice[name][0]:.3f}" for name in ("macs", "parameters")]
         yield (
             f"| {ROLES[role]} | {' | '.join(shares)} | {_percent(scores.get(role))} | {row['settings']['lr']:g} "
-            f"| {_percent(after)} | {100 * (original['top1'] - after['top1']):.2f} points | {_training(row)} |"
+            f"| {_percent(after)} | {lost} | {_training(row)} |"
         )
     yield ""
     yield f"The original has {_percent(original)}."

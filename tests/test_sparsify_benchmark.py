@@ -31,9 +31,11 @@ def test_a_row_takes_the_place_of_its_like(page: Any, tmp_path: Path) -> None:
 
 def test_zeros_that_grow_in_training_have_no_score_before_it(page: Any) -> None:
     row = {"row": "90 %", "zeros": 9, "weights": 10, "samples": 100, "original": 0.9, "after": 0.88,
-           "settings": {"epochs": 3}, "images": 2000, "seconds": 5.4}  # fmt: skip
+           "settings": {"epochs": 3, "features": ["auto"]}, "images": 2000, "seconds": 5.4}  # fmt: skip
     text = page.document({"rows": [row], "facts": {"processor": "one", "versions": {"torch": "2"}}})
-    assert "| zeros grow in training | 88.00 % | 2.00 points | 3 epochs of 2,000 images, 5 s |" in text
+    assert (
+        "| zeros grow in training | 88.00 % | 2.00 points | 3 epochs of 2,000 images (inner results too), 5 s |" in text
+    )
 
 
 def test_what_is_not_of_weights_follows_from_two_shares(page: Any) -> None:
