@@ -259,15 +259,15 @@ def test_starts_fast_and_without_heavy_packages() -> None:
     assert min(times) < 2.0, "0.3 s of work; leaves room for a busy machine"
 
 
-@pytest.mark.slow
 def test_the_next_command_names_where_the_results_are(edgepack: Run, digits: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
-    status, _, err = edgepack("compress", digits, "--out", tmp_path / "results")
+    status, out, err = edgepack("compress", digits, "--out", tmp_path / "results")
     assert status == 0, err
-    said = "".join(err.split())
+    said = "".join(out.split())
     assert "".join(f"next: edgepack export {digits} --out {tmp_path / 'results'}".split()) in said
 
 
+@pytest.mark.slow
 def test_the_whole_job_on_the_example(edgepack: Run, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="pip install 'edgepack[all]'")
     home = tmp_path / "demo"
