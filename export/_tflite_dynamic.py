@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from edgepack.plan import Plan
 
 MOST_TAPS = 25  # of XNNPACK's depthwise kernels
-MOVES = frozenset({"permute", "transpose", "reshape", "view", "flatten", "squeeze", "unsqueeze", "contiguous", "clone",
-                   "dropout", "alias", "pad", "constant_pad_nd", "max_pool2d", "avg_pool2d", "split", "chunk",
-                   "getitem"})  # fmt: skip
+PASSING = frozenset({  # they hand on integers as they are
+    "permute", "transpose", "reshape", "view", "flatten", "squeeze", "unsqueeze", "contiguous", "clone", "dropout",
+    "alias", "pad", "constant_pad_nd", "max_pool2d", "avg_pool2d", "split", "chunk", "getitem",
+})  # fmt: skip
 
 
 def forms_of(module: GraphModule, plan: Plan, names: Mapping[Node, str], dialect: Dialect) -> dict[str, str]:
@@ -30,10 +31,10 @@ def forms_of(module: GraphModule, plan: Plan, names: Mapping[Node, str], dialect
     Where the plan asks for ranges found at run time, linear layers and patches have them, and so have 1×1 convolutions
     of floats, such as those behind a norm: integers would be made for that one operator alone, in another order of
     axes. A depthwise one of floats stays float where XNNPACK has a kernel of that many taps; it has none for 7×7, and
-    TFLite's own, in integers, is three times as fast as what it does instead. Other convolutions are faster in ranges
-    known before.
+    TFLite's own, in integers, is faster than what it does instead. Other convolutions are faster in ranges known
+    before.
     """
-    kept = dialect.fused | dialect.integer | dialect.split | MOVES
+    kept = dialect.fused | dialect.integer | dialect.split | PASSING
     floats: set[Node] = set()
     forms: dict[str, str] = {}
     for node in module.graph.nodes:
@@ -51,11 +52,17 @@ def forms_of(module: GraphModule, plan: Plan, names: Mapping[Node, str], dialect
 def _form(node: Node, asked: str, of_floats: bool) -> str:
     if asked != "dynamic" or word(node) == "linear":
         return asked
-    if word(node) != "conv2d":
+    if word(node) != "conv2d" or _in_groups(node):
         return "static"
     if _groups(node) > 1:
         return ("dynamic" if prod(_kernel(node)) > MOST_TAPS else "float") if of_floats else "static"
     return "dynamic" if _patches(node) or (of_floats and _pointwise(node)) else "static"
+
+
+def _in_groups(node: Node) -> bool:
+    """Whether there are groups of several channels each."""
+    weight: Any = node.args[1]
+    return _groups(node) > 1 and weight.meta["val"].shape[1] > 1
 
 
 def _pointwise(node: Node) -> bool:
