@@ -176,7 +176,7 @@ def _tuned(stored: Row) -> Iterator[str]:
         f"{first['shrink']:g} of the training. *Uncut* is the network at keep rate 1 on the same schedule. The epoch "
         f"was chosen on held-out training images; {first['samples']:,} test images. 8 bits: `quantize` on the trained "
         "network, real files in their engines. × as fast: the float file over the uncut float file, one thread, one "
-        "image, interleaved. "
+        "image, interleaved; †: with other work on the machine, or ended before the interval was narrow. "
         "Seconds of training are of a machine with much other work. A dash: not run."
     )
     yield ""
@@ -222,7 +222,8 @@ def _accuracy(stored: Row) -> Iterator[str]:
     yield (
         f"The ViT for CIFAR-10 of the example zoo (65 tokens, cuts in blocks 1, 3 and 4 of 0 … 5), {samples:,} test "
         "images. *Same tokens*: images on which every cut keeps exactly PyTorch's tokens; *largest difference*: of "
-        "the logits on those, over the largest logit. Latency: one thread, one image, interleaved, × as fast."
+        "the logits on those, over the largest logit. Latency: one thread, one image, interleaved, × as "
+        "fast; †: with other work on the machine, or ended before the interval was narrow."
     )
     yield ""
     engines = list(stored["accuracy"][0]["engines"])
@@ -244,7 +245,10 @@ def _faster(engine: str, rate: float, stored: Row, blocks: Sequence[int] | None 
     timed = [row for row in stored.get("race_vit", ())
              if (row["engine"], row["keep_rate"], row.get("blocks")) == wanted]  # fmt: skip
     ratio = timed[0]["ratio"] if timed else None
-    return "–" if ratio is None else f"{1 / ratio['value']:.2f} [{1 / ratio['high']:.2f}, {1 / ratio['low']:.2f}]"
+    if ratio is None:
+        return "–"
+    mark = "" if timed[0]["state"] == "settled" else " †"
+    return f"{1 / ratio['value']:.2f} [{1 / ratio['high']:.2f}, {1 / ratio['low']:.2f}]{mark}"
 
 
 SECTIONS = {

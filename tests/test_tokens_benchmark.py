@@ -42,7 +42,7 @@ def test_every_row_has_as_many_cells_as_its_head(page: Any) -> None:
         "accuracy": [{"keep_rate": 0.7, "samples": 5, "macs": 10**6, "top1": 0.7, "engines": {"onnx": engine}}],
         "tuned": [{**trained, "keep_rate": 1.0}, {**trained, "keep_rate": 0.7, "top1": 0.6, "macs": 39 * 10**6}],
         "integer": [{"keep_rate": 0.7, "epochs": 2, "engine": "onnx", "top1": 0.59}],
-        "race_vit": [{"engine": "onnx", "keep_rate": 0.7, "ratio": ratio}],
+        "race_vit": [{"engine": "onnx", "keep_rate": 0.7, "ratio": ratio, "state": "settled"}],
         "equal": [{"side": 256, "keep_rate": 0.6, "tokens": [257, 155], "small": 10, "uncut": 14, "macs": 9}],
     }  # fmt: skip
     text = "\n".join(page.document(stored))
