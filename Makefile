@@ -15,7 +15,7 @@ TORCH := torch==2.13.0
 # these name a torch build in their requirements that pip would replace ours by, or other versions than litert-torch
 ZOO := torchvision==0.28.0 timm==1.0.31 brevitas==0.13.4 unfoldNd==0.2.3 dependencies==2.0.1
 
-.PHONY: help setup demo test check lint types slow clean
+.PHONY: help setup demo test compiler check lint types slow clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -37,8 +37,12 @@ demo: $(VENV)/run.stamp
 	test -f $(DEMO)/edgepack.toml || $(BIN)/edgepack init --quiet --example digits $(DEMO)
 	$(BIN)/edgepack run $(DEMO)
 
-test: check
+test: compiler check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# without one the tests of C would be left out, and the others pass
+compiler:
+	@command -v cc > /dev/null || { echo "the tests need a C compiler: apt-get install gcc" >&2; exit 1; }
 
 slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m slow

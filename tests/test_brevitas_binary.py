@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+
+from _compiler import needs_compiler
 
 torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
 qnn = pytest.importorskip("brevitas.nn", reason="pip install 'edgepack[qat]'")
@@ -73,8 +74,7 @@ def test_what_is_taken_over_computes_the_same() -> None:
 
 
 def test_it_ends_in_packed_bits(tmp_path: Path) -> None:
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler: apt-get install gcc")
+    needs_compiler()
     given, x = network(), torch.randn(1, 3, 14, 13)
     with torch.no_grad():
         wanted = given(x)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 
+from _compiler import needs_compiler
+
 torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
-if shutil.which("cc") is None:
-    pytest.skip("no C compiler: apt-get install gcc", allow_module_level=True)
+needs_compiler()
 
 import torch.nn.functional as F  # noqa: E402
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from _compiler import needs_compiler
 
 torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
 
@@ -102,8 +103,9 @@ def test_vectors_and_plain_c_give_the_same_floats(made: dict[str, Made], work: P
 
 def test_instructions_are_counted_exactly(made: dict[str, Made], work: Path) -> None:
     plain, _, dot = emulated.PROCESSORS[:3]
-    if (lacking := plain.missing()) is not None or shutil.which("cc") is None:
-        pytest.skip(lacking or "no C compiler: apt-get install gcc")
+    needs_compiler()
+    if (lacking := plain.missing()) is not None:
+        pytest.skip(lacking)
     counter, folder = emulated.plugin(work), made["integers"][0].folder
     counts = []
     for processor in (plain, plain, dot):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from _compiler import needs_compiler
+
 torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
-if shutil.which("cc") is None:
-    pytest.skip("no C compiler: apt-get install gcc", allow_module_level=True)
+needs_compiler()
 
 from torch import nn  # noqa: E402
 

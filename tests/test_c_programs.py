@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from _compiler import needs_compiler
+
 torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
-if shutil.which("cc") is None:
-    pytest.skip("no C compiler: apt-get install gcc", allow_module_level=True)
+needs_compiler()
 
 from torch import nn  # noqa: E402
 

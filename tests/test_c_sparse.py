@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from _compiler import needs_compiler
+
 torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
-if shutil.which("cc") is None:
-    pytest.skip("no C compiler: apt-get install gcc", allow_module_level=True)
+needs_compiler()
 
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402

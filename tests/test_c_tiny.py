@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from _compiler import needs_compiler
+
 torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
-if shutil.which("cc") is None:
-    pytest.skip("no C compiler: apt-get install gcc", allow_module_level=True)
+needs_compiler()
 
 from torch import Tensor, nn  # noqa: E402
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from _compiler import needs_compiler
 from edgepack import recipe, usercode
 from edgepack.data import open_data
 from edgepack.metrics import find
@@ -100,9 +101,9 @@ score_drop = 0.01
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_eight_bits_in_every_format(tmp_path: Path) -> None:
     """Its average pool has four integers to a mean: every fourth falls between two steps."""
+    needs_compiler()
     engines = ("onnxruntime", "openvino", "ai_edge_litert", "litert_torch", "coremltools")
     if any(importlib.util.find_spec(name) is None for name in engines):
         pytest.skip("pip install 'edgepack[all]'")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from _compiler import needs_compiler
 
 torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
 import torch.nn.functional as F  # noqa: E402
@@ -113,8 +114,8 @@ def test_openvino_has_sixteen_levels(folder: Path) -> None:
     assert sorted(levels) == [16, 16, 16, 16, 256, 256]
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="apt-get install gcc")
 def test_c_computes_with_sixteen_levels(folder: Path) -> None:
+    needs_compiler()
     artifact = written(folder, C())
     source = Source.open(folder / "compressed")
     simulation = C().lower(fixed_batch(source.graph), source.plan)

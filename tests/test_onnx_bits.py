@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from _compiler import needs_compiler
+
 torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
 onnx = pytest.importorskip("onnx", reason="pip install 'edgepack[onnx]'")
 pytest.importorskip("onnxruntime", reason="pip install 'edgepack[onnx-run]'")
-if shutil.which("cc") is None:
-    pytest.skip("no C compiler: apt-get install gcc", allow_module_level=True)
+needs_compiler()
 
 from torch import nn  # noqa: E402
 

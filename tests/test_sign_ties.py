@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from _compiler import needs_compiler
 
 torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
 
@@ -75,8 +76,7 @@ def test_pytorch_computes_what_integers_do() -> None:
 
 @pytest.mark.parametrize("form", ["xnor", "tree"])
 def test_c_computes_what_integers_do(form: str, tmp_path: Path) -> None:
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler: apt-get install gcc")
+    needs_compiler()
     module, inputs = tied(), drawn()
     artifact, _ = write(captured(module, 1, INPUTS, 9, 10), tmp_path / "c", binary=form)
     assert artifact.manifest.census["operators"]["tree_bits" if form == "tree" else "sign_bits"] == 1
@@ -91,8 +91,7 @@ def test_onnx_computes_what_integers_do(form: str, tmp_path: Path) -> None:
     pytest.importorskip("onnx", reason="pip install 'edgepack[onnx]'")
     options = ort.SessionOptions()
     if form == "packed":
-        if shutil.which("cc") is None:
-            pytest.skip("no C compiler: apt-get install gcc")
+        needs_compiler()
         from edgepack.runtimes._onnx_operators import operators
 
         options.register_custom_ops_library(str(operators()))
