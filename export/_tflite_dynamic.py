@@ -62,7 +62,7 @@ def _form(node: Node, asked: str, of_floats: bool) -> str:
 def _in_groups(node: Node) -> bool:
     """Whether there are groups of several channels each."""
     weight: Any = node.args[1]
-    return _groups(node) > 1 and weight.meta["val"].shape[1] > 1
+    return _groups(node) > 1 and int(weight.meta["val"].shape[1]) > 1
 
 
 def _pointwise(node: Node) -> bool:
