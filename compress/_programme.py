@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgepack.errors import require
+from edgepack.silence import muted
 
 Array = np.ndarray[Any, Any]
 LARGEST_LOSS = 1e4  # the solver's absolute gap of 1e-6 is nothing beside it
@@ -34,10 +35,11 @@ def choose(loss: Array, costs: Sequence[Array], limits: Sequence[int]) -> Array 
     spent, allowed = np.stack([cost.ravel() for cost in costs]), np.array(limits, np.float64)
     scaled = loss.ravel() / (loss.max() or 1.0) * LARGEST_LOSS
     while (allowed >= 0).all():
-        found = optimize.milp(
-            scaled, integrality=np.ones(loss.size), bounds=optimize.Bounds(0, 1), options={"mip_rel_gap": 0.0},
-            constraints=[one_each, optimize.LinearConstraint(spent, -np.inf, allowed)],
-        )  # fmt: skip
+        with muted(1):  # HiGHS prints names of its functions
+            found = optimize.milp(
+                scaled, integrality=np.ones(loss.size), bounds=optimize.Bounds(0, 1), options={"mip_rel_gap": 0.0},
+                constraints=[one_each, optimize.LinearConstraint(spent, -np.inf, allowed)],
+            )  # fmt: skip
         if found.x is None:
             return None
         chosen: Array = found.x.reshape(layers, choices).argmax(1)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 
 
 @contextmanager
@@ -28,3 +31,17 @@ def silence() -> Iterator[None]:
     sink = io.StringIO()
     with unlogged(), redirect_stdout(sink), redirect_stderr(sink):
         yield
+
+
+@contextmanager
+def muted(channel: int) -> Iterator[None]:
+    """Nor what compiled code writes, past Python, to the process's output (1) or error (2) channel."""
+    (sys.stdout if channel == 1 else sys.stderr).flush()
+    kept = os.dup(channel)
+    try:
+        with Path(os.devnull).open("w") as sink:
+            os.dup2(sink.fileno(), channel)
+            yield
+    finally:
+        os.dup2(kept, channel)
+        os.close(kept)

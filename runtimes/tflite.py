@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from edgepack.contracts import INTEGERS, Arrays, Runtime, Session, Step
 from edgepack.errors import InputError, MissingExtra, require
 from edgepack.runtimes._inputs import Gate
+from edgepack.silence import muted
 from edgepack.versions import installed
 
 if TYPE_CHECKING:
@@ -80,7 +78,7 @@ class Tflite(Runtime):
         path = artifact.file(".tflite")
         kinds = module.OpResolverType
         try:
-            with _no_greeting():
+            with muted(2):  # the engine announces its delegate
                 interpreter = module.Interpreter(
                     model_path=str(path) if content is None else None,
                     model_content=content,
@@ -109,19 +107,6 @@ def all_outputs(schema: Any, path: Path) -> bytes:
     data += bytes(-len(data) % 4)
     data[place : place + 4] = np.uint32(len(data) - place).tobytes()
     return bytes(data + np.uint32(len(computed)).tobytes() + np.array(computed, "<i4").tobytes())
-
-
-@contextmanager
-def _no_greeting() -> Iterator[None]:
-    """The engine announces its delegate on the error channel of the process, past Python."""
-    kept = os.dup(2)
-    try:
-        with Path(os.devnull).open("w") as sink:
-            os.dup2(sink.fileno(), 2)
-            yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 class _Session:
