@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from edgepack.compress._channels import Survey, difference
 from edgepack.compress._cutting import Cut, Group, remove, union
 from edgepack.compress._heads import restore, rewrite, settle
 from edgepack.compress._macs import macs
+from edgepack.compress._reconstruct import reconstruct
 from edgepack.compress._widths import Costs, Step, enough, narrowest, steps
 from edgepack.compress._worth import magnitudes, scales, taylor
 from edgepack.errors import BudgetError, Unsupported
@@ -41,6 +43,7 @@ class Pruning:
     run_: Run
     groups: list[Group] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     _survey: Survey = field(init=False)
 
     def run(self, module: nn.Module) -> nn.Module:
@@ -59,6 +62,8 @@ class Pruning:
                 "weights at 0", "leave = […] keeps layers out; please report which network this is",
             )  # fmt: skip
         restore(module, rewritten)
+        if cut and (self.data if self.options.reconstruct is None else self.options.reconstruct):
+            self.errors = reconstruct(before, module, cut, self.task, self.run_, self.options.samples)
         self._say(before, module, worth, order[:count], gap)
         return module
 
@@ -72,8 +77,12 @@ class Pruning:
 
     @property
     def criterion(self) -> str:
-        data = self.task.training is not None or self.task.calibration is not None
-        return self.options.criterion or ("taylor" if data else "l2")
+        return self.options.criterion or ("taylor" if self.data else "l2")
+
+    @property
+    def data(self) -> bool:
+        """Whether there are samples to look at."""
+        return self.task.training is not None or self.task.calibration is not None
 
     def _weigh(self, module: nn.Module) -> list[Tensor]:
         """The groups, and what their units are worth."""
@@ -175,11 +184,15 @@ class Pruning:
         self.run_.note(f"removed units of {sum(map(bool, gone))} of {len(gone)} groups by {self.criterion}: "
                        f"{ratios['macs']:.3f} × the multiply-accumulates, {ratios['parameters']:.3f} × the parameters; "
                        f"{gap:.1e} from the network with those weights at 0")  # fmt: skip
+        if self.errors:
+            first, last = (median(errors) for errors in zip(*self.errors.values(), strict=True))
+            self.run_.note(f"reconstructed {len(self.errors)} layers: {last:.3f} of what they gave is missing, "
+                           f"{first:.3f} before (squared, the median layer)")  # fmt: skip
         for path, why in list(self.left.items())[:SHOWN]:
             self.run_.note(f"left {path}: {why}")
         verdicts = {target: self._verdict(target, before, module, ratios) for target in self.options.targets if order}
-        self.run_.record("channels", {**counts, "criterion": self.criterion, "difference": gap, "layers": rows,
-                                      "left": self.left, "targets": verdicts})  # fmt: skip
+        found = {"criterion": self.criterion, "difference": gap, "layers": rows, "left": self.left}
+        self.run_.record("channels", {**counts, **found, "reconstructed": self.errors, "targets": verdicts})
 
     def _verdict(
         self, target: str, before: nn.Module, module: nn.Module, ratios: Mapping[str, float]

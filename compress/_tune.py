@@ -46,6 +46,8 @@ class Tune:
         features: names of layers whose results are matched as well; ``student=teacher`` where the names differ;
             ``auto`` pairs the last layers of the last two resolutions.
         feature_weight: of the feature losses, beside the rest.
+        mixup: train on mixtures of two samples, in shares drawn from 0 to 1 anew for each step (H. Zhang et al.,
+            arXiv:1710.09412), which few training data and a teacher are good for (L. Beyer et al., arXiv:2106.05237).
         labels: use the data's targets; without them only the teacher is followed.
         norms: batch norms ``tune`` (running statistics stay, merged with the layer before them in each step: the
             gradients of ``eval`` in less memory), ``eval``, or ``train`` (statistics of the batch).
@@ -72,6 +74,7 @@ class Tune:
     temperature: float = 4.0
     features: tuple[str, ...] = ()
     feature_weight: float = 1.0
+    mixup: bool = False
     labels: bool = True
     norms: str = "tune"
     precision: str = "float32"

@@ -123,7 +123,7 @@ class Epochs:
             group["lr"] = rate_at(number, steps, self.settings)
         self.optimizer.zero_grad()
         count, total = sum(part.count for part in parts), 0.0
-        for part in parts:
+        for part in map(self.feed.mixed, parts) if self.settings.mixup else parts:
             loss = self.lesson.whole(part) * (part.count / count)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())

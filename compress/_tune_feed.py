@@ -22,11 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples of one size as a network takes them; targets as the data give them."""
+    """Samples of one size as a network takes them; targets as the data give them.
+
+    Attributes:
+        others: targets of the samples that are mixed into these, None where none are.
+        share: of the first ones in a mixture.
+    """
 
     inputs: list[Tensor]
     targets: Tensor | None
     count: int
+    others: Tensor | None = None
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,21 @@ class Feed:
         inputs = [torch.from_numpy(np.ascontiguousarray(batch.inputs[item.name])) for item in self.task.inputs]
         targets = None if batch.targets is None else torch.from_numpy(np.ascontiguousarray(batch.targets))
         return Samples([laid_out(one) for one in inputs] if self.last else inputs, targets, len(batch))
+
+    def mixed(self, samples: Samples) -> Samples:
+        """Each with another of them mixed in, all in one share that is drawn evenly from 0 to 1.
+
+        Raises:
+            InputError: an input is no image or signal but numbers of things, which cannot be mixed.
+        """
+        if not all(one.is_floating_point() for one in samples.inputs):
+            raise InputError("tune: mixup: an input holds whole numbers, which cannot be mixed", "leave mixup out")
+        share, order = float(torch.rand(())), torch.randperm(samples.count)
+        inputs = [torch.lerp(one.index_select(item.batch_axis, order), one, share)
+                  for item, one in zip(self.task.inputs, samples.inputs, strict=True)]  # fmt: skip
+        others = None if samples.targets is None else samples.targets[order]
+        inputs = [laid_out(one) for one in inputs] if self.last else inputs
+        return Samples(inputs, samples.targets, samples.count, others, share)
 
     def _joined(self, parts: list[Batch]) -> list[Batch]:
         """One batch where cropping has made all samples equal."""

@@ -84,13 +84,18 @@ class Lesson:
         share = 0.0 if self.teacher is None else settings.share if self.loss is not None else 1.0
         total = torch.zeros(())
         if self.loss is not None and share < 1:
-            assert samples.targets is not None
-            total = total + (1 - share) * self.loss(outputs[self.output], samples.targets)
+            total = total + (1 - share) * self._labels(self.loss, outputs[self.output], samples)
         if self.teacher is not None:
             with torch.no_grad():
                 wanted = self._outputs(self.teacher, samples, learning)
             total = total + share * matching(outputs, wanted, self.scores, settings.temperature)
         return total
+
+    @staticmethod
+    def _labels(loss: Loss, output: Tensor, samples: Samples) -> Tensor:
+        assert samples.targets is not None
+        first = loss(output, samples.targets)
+        return first if samples.others is None else torch.lerp(loss(output, samples.others), first, samples.share)
 
     def _outputs(self, network: nn.Module, samples: Samples, learning: bool) -> list[Tensor]:
         with _bfloat16() if learning and self.training.settings.precision == "bfloat16" else nullcontext():

@@ -43,7 +43,9 @@ class Prune(Pass):
         criterion: what a channel is worth. ``taylor``: the expected square of what the outputs change by when it is
             taken out, to first order, on the task's data. ``l1``, ``l2``: magnitude of its weights, over the layer's
             mean. ``bn-scale``: |γ| of its batch norms. ``taylor`` if nothing is said and there are data, else ``l2``.
-        samples: of the training data, else of the calibration data, that ``taylor`` looks at.
+        reconstruct: solve the weights of layers that read fewer channels anew, by least squares, so that they give
+            what they gave (He et al., arXiv:1707.06168); needs data. If nothing is said, where there are data.
+        samples: of the training data, else of the calibration data, that ``taylor`` and ``reconstruct`` look at.
         multiple: channels stay in multiples of this, as processors like them.
         least: smallest share of a layer's channels, or of its heads, that stays.
         layers: names of the only layers whose outputs become narrower, with ``*`` and ``?``; a name also covers what
@@ -60,6 +62,7 @@ class Prune(Pass):
     size_ratio: float | None = None
     latency_ratio: float | Mapping[str, float] | None = None
     criterion: str | None = None
+    reconstruct: bool | None = None
     samples: int = 512
     multiple: int = 8
     least: float = 0.25
@@ -103,9 +106,13 @@ class Prune(Pass):
             for pattern in getattr(self, option):
                 if not any(named(path, [pattern]) for path in paths):
                     raise InputError(f"prune: {option}: no layer is called {pattern!r}", nearest(pattern, paths))
-        if self.criterion == "taylor" and task.training is None and task.calibration is None:
-            raise InputError("prune: criterion = 'taylor' looks at data, and the task has none",
-                             "add calibration = {data = …} to [task], or criterion = 'l2'")  # fmt: skip
+        if task.training is None and task.calibration is None:
+            if self.criterion == "taylor":
+                raise InputError("prune: criterion = 'taylor' looks at data, and the task has none",
+                                 "add calibration = {data = …} to [task], or criterion = 'l2'")  # fmt: skip
+            if self.reconstruct:
+                raise InputError("prune: reconstruct looks at data, and the task has none",
+                                 "add calibration = {data = …} to [task], or leave reconstruct out")  # fmt: skip
         if self.tune is not None and task.training is None:
             raise InputError("prune: tune: the task has no training data", "add training = {data = …} to [task]")
 

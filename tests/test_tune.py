@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="pip install 'edgepack[compress]'")
@@ -14,11 +15,13 @@ import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 from _tuning import ITEM, accuracy, images, job, net, shaken, task, taught  # noqa: E402
-from edgepack import losses  # noqa: E402
+from edgepack import losses, metrics  # noqa: E402
 from edgepack.compress._tune import Hold, Tune, tune  # noqa: E402
 from edgepack.compress._tune_hold import Grid, masked, on_grids  # noqa: E402
+from edgepack.compress._tune_steps import seed_of  # noqa: E402
+from edgepack.data import Arrays  # noqa: E402
 from edgepack.errors import InputError  # noqa: E402
-from edgepack.task import Task  # noqa: E402
+from edgepack.task import Input, Task  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -80,26 +83,41 @@ def test_the_original_is_never_touched(tmp_path: Path, teacher: nn.Module) -> No
         assert (stride, grad) == (now.stride(), now.requires_grad)
 
 
-def test_one_step_is_what_pytorch_does_by_hand(tmp_path: Path, teacher: nn.Module) -> None:
+@pytest.mark.parametrize("mixup", [False, True])
+def test_one_step_is_what_pytorch_does_by_hand(tmp_path: Path, teacher: nn.Module, mixup: bool) -> None:
     """One epoch of one step against the same step written out, in Eval mode, with teacher and labels."""
     of = task(count=32)
     settings = Tune(
-        epochs=1, batch=32, lr=0.1, warmup=0, weight_decay=0.01, share=0.7, temperature=3, held_out=0, clip=2
-    )
+        epochs=1, batch=32, lr=0.1, warmup=0, weight_decay=0.01, share=0.7, temperature=3, held_out=0, clip=2,
+        mixup=mixup,
+    )  # fmt: skip
     module, reference = shaken(teacher), shaken(teacher)
     tune(module, of, job(tmp_path, teacher, of), settings)
-    (batch,) = of.training.batches(32)
+    (batch,) = of.training.take(np.random.default_rng([0, 0, 1]).permutation(32).tolist())
     x, y = torch.from_numpy(batch.inputs["x"]), torch.from_numpy(batch.targets)
+    torch.manual_seed(seed_of(0, 0, 1))
+    share, other = (float(torch.rand(())), torch.randperm(32)) if mixup else (1.0, torch.arange(32))
+    x, others = share * x + (1 - share) * x[other], y[other]
     groups = [{"params": [v for v in reference.parameters() if v.dim() > 1], "weight_decay": 0.01},
               {"params": [v for v in reference.parameters() if v.dim() == 1], "weight_decay": 0.0}]  # fmt: skip
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
     scores, wanted = reference(x), teacher(x).detach()
     divergence = F.kl_div(F.log_softmax(scores / 3, 1), F.softmax(wanted / 3, 1), reduction="batchmean")
-    (0.3 * F.cross_entropy(scores, y) + 0.7 * 9 * divergence).backward()
+    labels = share * F.cross_entropy(scores, y) + (1 - share) * F.cross_entropy(scores, others)
+    (0.3 * labels + 0.7 * 9 * divergence).backward()
     nn.utils.clip_grad_norm_(reference.parameters(), 2)
     optimizer.step()
     for name, value in module.named_parameters():
         torch.testing.assert_close(value, reference.get_parameter(name), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_no_image_cannot_be_mixed(tmp_path: Path) -> None:
+    item = Input("x", (1, 6), dtype="int64")
+    words = Arrays((item,), {"x": np.zeros((8, 6), np.int64)}, np.zeros(8, np.int64), True)
+    module = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(18, 4))
+    of = Task((item,), training=words, metric=metrics.find("top1", Path()))
+    with pytest.raises(InputError, match="tune: mixup: an input holds whole numbers, which cannot be mixed"):
+        tune(module, of, job(tmp_path, module, of), Tune(epochs=1, batch=4, held_out=0, mixup=True))
 
 
 def test_masks_stay_and_everything_else_moves(tmp_path: Path, teacher: nn.Module) -> None:

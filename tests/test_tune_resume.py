@@ -108,7 +108,7 @@ print(json.dumps({"kills": kills, "status": os.WEXITSTATUS(status)}))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its trainings with fork")
 @pytest.mark.parametrize("options", [
-    {"features": ["auto"], "lr": 0.05},
+    {"features": ["auto"], "lr": 0.05, "mixup": True},
     pytest.param({"optimizer": "adamw", "labels": False}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_killed_ten_times(tmp_path: Path, options: dict[str, Any]) -> None:
