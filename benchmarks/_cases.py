@@ -27,6 +27,7 @@ CALIBRATION = 512  # CIFAR images
 CROPS, CROP = 32, 96  # for super-resolution, of halved pictures
 IMAGES = 300  # of the ImageNet sample; half of them calibrates, the other half is scored, then the other way round
 RANDOM_CALIBRATION, RANDOM_SCORED = 64, 32  # ImageNet samples for networks with random weights
+PICTURES = {"data": "imagenet_sample"}
 TRANSFORMERS = ("vit", "deit_small")
 LINEAR = (*TRANSFORMERS, "convnext_atto")
 COMPANDING = {"mean": (127.0,) * 3, "std": (127.5,) * 3}
@@ -139,7 +140,7 @@ def _trained(words: str, data: Path) -> tuple[nn.Module, Input]:
     return zoo.load(network, data).eval(), network.inputs[0]
 
 
-def _whole(item: Input, source: Mapping[str, Any], data: Path) -> tuple[Array, Array | None]:
+def whole(item: Input, source: Mapping[str, Any], data: Path) -> tuple[Array, Array | None]:
     batches = list(open_data(source, (item,), data).batches(100))
     targets = [batch.targets for batch in batches if batch.targets is not None]
     return np.concatenate([b.inputs[item.name] for b in batches]), np.concatenate(targets) if targets else None
@@ -149,7 +150,7 @@ def _cifar(name: str, data: Path, samples: int | None) -> Case:
     module, item = _trained(f"{name} (CIFAR-10)", data)
     calibration = {"data": "cifar10_train20k.npz", "samples": _limit(CALIBRATION, samples)}
     scored = {"data": "cifar10_test.npz", **({} if samples is None else {"samples": samples})}
-    fold = Fold(_whole(item, calibration, data)[0], (_whole(item, scored, data),))
+    fold = Fold(whole(item, calibration, data)[0], (whole(item, scored, data),))
     return Case(name, module, item, (fold,), metrics.find("top1", data))
 
 
@@ -159,18 +160,22 @@ def _imagenet(name: str, data: Path, samples: int | None) -> Case:
         item = Input("input", (1, 3, 224, 224), resize=256, **COMPANDING)
     else:
         module, item = _trained("mobilenet_v1", data)
-    images, targets = _whole(item, {"data": "imagenet_sample"}, data)
+    images, targets = whole(item, PICTURES, data)
     assert targets is not None
-    order = np.random.default_rng(0).permutation(len(images))[: _limit(IMAGES, samples)]
-    halves = np.array_split(order, 2)
-    folds = tuple(Fold(images[one], ((images[other], targets[other]),)) for one, other in (halves, halves[::-1]))
+    folds = tuple(Fold(images[one], ((images[other], targets[other]),)) for one, other in halves(len(images), samples))
     return Case(name, module, item, folds, metrics.find("top1", data))
+
+
+def halves(count: int, samples: int | None) -> list[tuple[Array, Array]]:
+    """Which of the ImageNet sample calibrate and which are scored, in either fold."""
+    one, other = np.array_split(np.random.default_rng(0).permutation(count)[: _limit(IMAGES, samples)], 2)
+    return [(one, other), (other, one)]
 
 
 def _super_resolution(name: str, data: Path, samples: int | None) -> Case:
     module, item = _trained("imdn x2 (Set5)", data)
     large = replace(item, shape=(1, 3, 2 * CROP, 2 * CROP), dynamic=("batch",), resize=2 * CROP)
-    pictures = open_data({"data": "imagenet_sample", "samples": _limit(CROPS, samples)}, (large,), data)
+    pictures = open_data({**PICTURES, "samples": _limit(CROPS, samples)}, (large,), data)
     crops = np.concatenate([batch.inputs[item.name] for batch in pictures.batches(CROPS)])
     halved = F.avg_pool2d(torch.from_numpy(crops), 2).numpy()
     pairs = open_data({"inputs": "set5/LR_x2", "targets": "set5/HR"}, (item,), data)
@@ -185,7 +190,7 @@ def _random(name: str, data: Path, samples: int | None) -> Case:
     item = Input("input", (1, 3, 224, 224), resize=256, **zoo.IMAGENET)
     module = zoo.with_statistics(models.load(RANDOM[name], Path())).eval()
     count, scored = _limit(RANDOM_CALIBRATION, samples), _limit(RANDOM_SCORED, samples)
-    images, _ = _whole(item, {"data": "imagenet_sample", "samples": count + scored}, data)
+    images, _ = whole(item, {**PICTURES, "samples": count + scored}, data)
     return Case(name, module, item, (Fold(images[:count], ((images[count:], None),)),))
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import _c_facts
 import _c_page as page
-from _cases import Case, Fold, _whole, open_case
+from _cases import Case, Fold, open_case, whole
 from _ours import STATIC, ours, ours_float
 
 from edgepack import pipeline
@@ -55,8 +55,8 @@ def case_of(name: str, data: Path, work: Path) -> Case:
         return open_case(name, data, work)
     recipe = load(DIGITS / "edgepack.toml")
     item = pipeline.task_of(recipe).inputs[0]
-    calibration, _ = _whole(item, {"data": "train.npz", "samples": 256}, DIGITS)
-    fold = Fold(calibration, (_whole(item, {"data": "test.npz"}, DIGITS),))
+    calibration, _ = whole(item, {"data": "train.npz", "samples": 256}, DIGITS)
+    fold = Fold(calibration, (whole(item, {"data": "test.npz"}, DIGITS),))
     return Case(name, pipeline.load_model(recipe).eval(), item, (fold,), work=work)
 
 
