@@ -7,7 +7,13 @@ from collections.abc import Iterator
 from _stored import Results, Row
 
 NAMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "tflite": "LiteRT"}
-ROLES = {"original": "original", "pruned": "`prune`, with its teacher", "plain": "Torch-Pruning, plain fine-tuning"}
+ROLES = {
+    "original": "original",
+    "pruned": "`prune`, with its teacher",
+    "removed": "`prune` without solving, with its teacher",
+    "plain": "Torch-Pruning, plain fine-tuning",
+}
+MADE_AS = {"removed": "pruned"}  # as wide
 
 
 def document(stored: Row) -> str:
@@ -42,28 +48,33 @@ def _accuracy(stored: Row) -> Iterator[str]:
     yield ""
     scores = {row["role"]: row for row in stored.get("accuracy", [])}
     yield (
-        "Top-1 on all 10,000 test images. Channels were chosen on training images, and the last epoch was taken. All "
-        "trainings have as many epochs, steps and images (SGD, cosine, bfloat16, batch norms in training mode), and "
-        "every learning rate that was tried has its row; they differ in what is learned from: the original's answers, "
-        "its inner results at the last two resolutions and labels, or labels alone."
+        "Top-1 on all 10,000 test images. Channels were chosen on training images, and the last epoch was taken. "
+        "Trainings of as many epochs have as many steps and images (SGD, cosine, bfloat16, batch norms in training "
+        "mode), and everything that was tried has its row; they differ in where they begin (`prune` solves the layers "
+        "that read fewer channels anew, by least squares on training images) and in what is learned from: the "
+        "original's answers, its inner results at the last two resolutions and labels, or labels alone."
     )
     yield ""
-    yield "| network | MACs | parameters | not trained | learning rate | trained | lost | training |"
-    yield "| --- " * 8 + "|"
+    yield "| network | MACs | parameters | not trained | epochs | learning rate | trained | lost | training |"
+    yield "| --- " * 9 + "|"
     original = scores.get("original")
-    trainings = stored.get("training", [])
-    for row in sorted(trainings, key=lambda row: (row["role"].startswith("plain"), row["settings"]["lr"])):
-        role = row["role"].partition("-")[0]
-        choice = next(one for one in stored["choice"] if one["role"] == role)
+    for row in sorted(stored.get("training", []), key=_place):
+        role, settings = row["role"].partition("-")[0], row["settings"]
+        choice = next(one for one in stored["choice"] if one["role"] == MADE_AS.get(role, role))
         after = scores.get(f"{row['role']}-trained")
         lost = f"{100 * (original['top1'] - after['top1']):.2f} points" if original and after else "not run"
         shares = [f"{choice[name][1] / choice[name][0]:.3f}" for name in ("macs", "parameters")]
         yield (
-            f"| {ROLES[role]} | {' | '.join(shares)} | {_percent(scores.get(role))} | {row['settings']['lr']:g} "
-            f"| {_percent(after)} | {lost} | {_training(row)} |"
+            f"| {ROLES[role]} | {' | '.join(shares)} | {_percent(scores.get(role))} | {settings['epochs']} "
+            f"| {settings['lr']:g} | {_percent(after)} | {lost} | {_training(row)} |"
         )
     yield ""
     yield f"The original has {_percent(original)}."
+
+
+def _place(row: Row) -> tuple[int, int, bool, float]:
+    settings, order = row["settings"], list(ROLES)
+    return settings["epochs"], order.index(row["role"].partition("-")[0]), settings["mixup"], settings["lr"]
 
 
 def _percent(row: Row | None) -> str:
@@ -71,7 +82,10 @@ def _percent(row: Row | None) -> str:
 
 
 def _training(row: Row) -> str:
-    return f"{row['settings']['epochs']} epochs of {row['images']:,} images, batches of {row['settings']['batch']}"
+    settings = row["settings"]
+    mixed = " mixed by twos" if settings["mixup"] else ""
+    inner = f", inner results × {settings['feature_weight']:g}" if settings["features"] else ""
+    return f"{row['images']:,} images{mixed}, batches of {settings['batch']}{inner}"
 
 
 def _race(stored: Row) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Fewer channels: what training regains, and how much faster. Writes results/prune.json and docs/prune.md.
 
     python benchmarks/prune.py choose               # the pass and Torch-Pruning's own pruner, not trained
-    python benchmarks/prune.py train --roles pruned-0.1  # the pass's network, with its teacher, at this learning rate
-    python benchmarks/prune.py train --roles plain-0.1   # Torch-Pruning's, on labels alone; goes on where it stopped
+    python benchmarks/prune.py train --roles pruned-0.1-5  # the pass's, with its teacher, at this rate, for 5 epochs
+    python benchmarks/prune.py train --roles plain-0.1-5   # Torch-Pruning's, on labels alone; goes on where it stopped
     python benchmarks/prune.py score                # on 10,000 test images, which took part in nothing before
     python benchmarks/prune.py export               # what is raced
     python benchmarks/prune.py race                 # time it: nothing else should run
@@ -53,10 +53,13 @@ PACKAGES = ("torch", "torch-pruning", "onnxruntime", "openvino", "ai-edge-litert
 IMAGES, MULTIPLE = 20000, 8
 OPTIONS = Prune(macs_ratio=0.4999, multiple=MULTIPLE, samples=1024, targets=())
 BUDGET = Prune(latency_ratio=0.7, multiple=MULTIPLE, samples=256)
-PLAIN = Tune(epochs=11, batch=128, norms="train", held_out=0, precision="bfloat16", teacher="none")
-TAUGHT = replace(PLAIN, teacher="original", features=("auto",))
-TUNE = {f"{role}-{rate:g}": replace(base, lr=rate)
-        for role, base in (("pruned", TAUGHT), ("plain", PLAIN)) for rate in (0.05, 0.1, 0.2)}  # fmt: skip
+PLAIN = Tune(batch=128, norms="train", held_out=0, precision="bfloat16", teacher="none")
+TAUGHT = replace(PLAIN, teacher="original", features=("auto",), feature_weight=4.0)
+TUNE = {f"{role}-{rate:g}-{epochs}": replace(base, lr=rate, epochs=epochs)
+        for role, base in (("pruned", TAUGHT), ("removed", TAUGHT), ("plain", PLAIN))
+        for rate in (0.02, 0.05, 0.1, 0.2) for epochs in (5, 11, 15)}  # fmt: skip
+TUNE |= {f"{name}-mixup": replace(settings, mixup=True) for name, settings in TUNE.items()}
+TUNE |= {f"{name}-light": replace(settings, feature_weight=1.0) for name, settings in TUNE.items()}
 
 
 def load(data: Path) -> tuple[nn.Module, Task]:
@@ -74,13 +77,13 @@ def job(module: nn.Module, task: Task, work: Path, role: str) -> PassRun:
 def choose(options: argparse.Namespace) -> None:
     """Both networks before training."""
     module, task = load(options.data)
-    run = job(module, task, options.work, "pruned")
-    pruned = OPTIONS.apply(copy.deepcopy(module), task, run)
+    for role, solved in (("removed", False), ("pruned", True)):
+        run = job(module, task, options.work, role)
+        keep(options, role, replace(OPTIONS, reconstruct=solved).apply(copy.deepcopy(module), task, run))
     for note in run.notes:
         say(note)
     share = run.findings["channels"]["macs"]
     row = {**run.findings["channels"], "role": "pruned"}
-    keep(options, "pruned", pruned)
     page.RESULTS.store("choice", row, facts())
     plain = magnitude(module, task)
     keep(options, "plain", plain)
@@ -126,7 +129,8 @@ def score(options: argparse.Namespace) -> None:
     module, task = load(options.data)
     test = open_data({"data": "cifar10_test.npz"}, task.inputs, options.data)
     for role in options.roles:
-        for name in [role] if role == "original" else [*([role] if options.untrained else []), f"{role}-trained"]:
+        untrained = [role] if options.untrained or role in ("original", "removed") else []
+        for name in [*untrained, *([f"{role}-trained"] if role in TUNE else [])]:
             network = module if role == "original" else kept(options, name)
             row = {"role": name, "samples": len(test), "top1": accuracy(network.eval(), test)}
             say(json.dumps(row))
@@ -208,7 +212,7 @@ STAGES: Mapping[str, Any] = {"choose": choose, "train": train, "score": score, "
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="+", choices=tuple(STAGES))
-    parser.add_argument("--roles", nargs="+", choices=(*ROLES, *TUNE), default=ROLES)
+    parser.add_argument("--roles", nargs="+", choices=(*ROLES, "removed", *TUNE), default=ROLES)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "prune", help="networks, trained and raced")
