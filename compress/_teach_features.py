@@ -20,6 +20,7 @@ from edgepack.errors import InputError, nearest
 SPATIAL, FREQUENCY = 0.08, 0.06  # weights of the two losses, as published
 STAGES = 2  # resolutions that are paired automatically, the last ones
 FLOOR = 0.01  # of the typical length of a position, below which its gradients no longer grow
+LEAST = 1e-6  # a length, where all positions are 0: gradients stay finite
 HEADS = (8, 4, 2, 1)
 
 
@@ -94,7 +95,7 @@ def frequency(student: Tensor, teacher: Tensor) -> Tensor:
 def _unit(tokens: Tensor) -> Tensor:
     """Each position scaled to length 1; positions where next to nothing is are scaled like those at the floor."""
     lengths = tokens.square().sum(-1, keepdim=True)
-    floor = (FLOOR * lengths.detach().mean().sqrt()).clamp_min(torch.finfo(tokens.dtype).tiny)
+    floor = (FLOOR * lengths.detach().mean().sqrt()).clamp_min(LEAST)
     return tokens / (lengths + floor.square()).sqrt()
 
 

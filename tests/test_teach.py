@@ -164,3 +164,14 @@ def test_names_of_outputs() -> None:
     assert output_index(["a", "b"], "b", "loss") == 1
     with pytest.raises(InputError, match="loss: no output 'c'"):
         output_index(["a", "b"], "c", "loss")
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_results_without_any_difference_between_positions_have_finite_gradients(level: float) -> None:
+    student = torch.full((2, 4, 3), level, requires_grad=True)
+    teacher = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    loss = spatial(student, teacher) + frequency(student, teacher)
+    loss.backward()
+    assert bool(loss.isfinite())
+    assert student.grad is not None
+    assert bool(student.grad.isfinite().all())
