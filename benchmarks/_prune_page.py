@@ -50,7 +50,7 @@ def _accuracy(stored: Row) -> Iterator[str]:
     yield (
         "Top-1 on all 10,000 test images. Channels were chosen on training images, and the last epoch was taken. "
         "Trainings of as many epochs have as many steps and images (SGD, cosine, bfloat16, batch norms in training "
-        "mode), and everything that was tried has its row; they differ in where they begin (`prune` solves the layers "
+        "mode), and every training that ended has its row; they differ in where they begin (`prune` solves the layers "
         "that read fewer channels anew, by least squares on training images) and in what is learned from: the "
         "original's answers, its inner results at the last two resolutions and labels, or labels alone."
     )
