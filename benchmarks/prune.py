@@ -212,7 +212,14 @@ STAGES: Mapping[str, Any] = {"choose": choose, "train": train, "score": score, "
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="+", choices=tuple(STAGES))
-    parser.add_argument("--roles", nargs="+", choices=(*ROLES, "removed", *TUNE), default=ROLES)
+    parser.add_argument(
+        "--roles",
+        nargs="+",
+        choices=(*ROLES, "removed", *TUNE),
+        default=ROLES,
+        metavar="ROLE",
+        help="such as plain, or to be trained: plain-0.1-5, pruned-0.1-15-mixup",
+    )
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "prune", help="networks, trained and raced")

@@ -17,6 +17,7 @@ from edgepack.compress._cutting import Cut, Group, remove, union
 from edgepack.compress._heads import restore, rewrite, settle
 from edgepack.compress._macs import macs
 from edgepack.compress._reconstruct import reconstruct
+from edgepack.compress._tune_feed import looked_at
 from edgepack.compress._widths import Costs, Step, enough, narrowest, steps
 from edgepack.compress._worth import magnitudes, scales, taylor
 from edgepack.errors import BudgetError, Unsupported
@@ -82,7 +83,7 @@ class Pruning:
     @property
     def data(self) -> bool:
         """Whether there are samples to look at."""
-        return self.task.training is not None or self.task.calibration is not None
+        return looked_at(self.task) is not None
 
     def _weigh(self, module: nn.Module) -> list[Tensor]:
         """The groups, and what their units are worth."""

@@ -10,7 +10,7 @@ Networks" (arXiv:1707.06168), section 3; here the units are chosen before. Where
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgepack.compress._cutting import IN, OUT, Cut
-from edgepack.compress._tune_feed import Feed, batch_size
+from edgepack.compress._tune_feed import drawn, looked_at
 
 if TYPE_CHECKING:
     from edgepack.contracts import Run
@@ -58,7 +58,9 @@ def reconstruct(
         Path of each layer that was solved → error of its results, squared, over the square of those wanted, on the
         samples, before and after.
     """
-    batches = list(_batches(task, run, samples))
+    data = looked_at(task)
+    assert data is not None
+    batches = [part.inputs for part in drawn(task, data, samples, run.seed, BATCH)]
     readers = [path for path, what in cut if what == IN and _solvable(module, path) and _solvable(before, path)]
     order = _called_once(module, readers, batches[0])
     found, step = {}, run.progress("reconstructing layers", len(order))
@@ -69,17 +71,6 @@ def reconstruct(
             found[path] = _solve(_layer(module, path), sums)
         step(1)
     return found
-
-
-def _batches(task: Task, run: Run, samples: int) -> Iterator[list[Tensor]]:
-    data = task.training if task.training is not None else task.calibration
-    assert data is not None
-    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(run.seed))[:samples].tolist()
-    size = batch_size(task, BATCH)
-    feed = Feed(task, data, torch.tensor(rows).numpy(), size, (run.seed,))
-    for start in range(0, len(rows), size):
-        for batch in data.take(rows[start : start + size]):
-            yield feed.tensors(batch).inputs
 
 
 def _layer(module: nn.Module, path: str) -> Layer:
@@ -108,10 +99,12 @@ def _called_once(module: nn.Module, paths: Sequence[str], inputs: Sequence[Tenso
 
     hooks = [module.get_submodule(path).register_forward_hook(lambda _, read, __, path=path: called(path, read))
              for path in paths]  # fmt: skip
-    with torch.no_grad():
-        module(*inputs)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            module(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return [path for path in calls if path and calls.count(path) == 1]
 
 

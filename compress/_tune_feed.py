@@ -109,6 +109,20 @@ def batch_size(task: Task, wanted: int) -> int:
     return next((item.rows for item in task.inputs if item.rows > 1), wanted)
 
 
+def looked_at(task: Task) -> Data | None:
+    """What a pass looks at that does not train: the training data, else the calibration data, None without either."""
+    return task.training if task.training is not None else task.calibration
+
+
+def drawn(task: Task, data: Data, count: int, seed: int, size: int) -> Iterator[Samples]:
+    """Some samples of ``data``, at random, ``size`` at a time and as they are."""
+    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count].numpy()
+    feed, step = Feed(task, data, rows, size, (seed,)), batch_size(task, size)
+    for start in range(0, len(rows), step):
+        for batch in data.take(rows[start : start + step].tolist()):
+            yield feed.tensors(batch)
+
+
 def training_data(task: Task) -> Data:
     """Raises InputError where the task has none."""
     if task.training is None or not len(task.training):

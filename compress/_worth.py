@@ -8,7 +8,7 @@ square, so no labels are needed. It is Σ w·∂/∂w over the weights that read
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from edgepack.compress._cutting import IN, Group, depthwise, owner, tensors
-from edgepack.compress._tune_feed import Feed, batch_size
+from edgepack.compress._tune_feed import Samples, drawn, looked_at
 from edgepack.graph import flatten
 
 if TYPE_CHECKING:
     from edgepack.contracts import Run
-    from edgepack.data import Data
     from edgepack.task import Task
 
 BATCH = 32  # samples whose gradients are squared together
@@ -54,16 +53,16 @@ def scales(module: nn.Module, groups: Sequence[Group]) -> list[Tensor | None]:
 
 def taylor(module: nn.Module, groups: Sequence[Group], task: Task, run: Run, samples: int) -> list[Tensor]:
     """The expected square of what the outputs change by when a unit goes, to first order."""
-    data = task.training if task.training is not None else task.calibration
+    data = looked_at(task)
     assert data is not None
-    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(run.seed))[:samples].tolist()
+    whole = min(samples, len(data))
     asked = {value: value.requires_grad for value in module.parameters()}
     for value in asked:
         value.requires_grad_(True)
-    found, count, step = [torch.zeros(group.units) for group in groups], 0, run.progress("weighing channels", len(rows))
+    found, count, step = [torch.zeros(group.units) for group in groups], 0, run.progress("weighing channels", whole)
     try:
         with torch.enable_grad():
-            for total, size in _sums(module, task, data, rows, run):
+            for total, size in _sums(module, drawn(task, data, samples, run.seed, BATCH), run.seed):
                 module.zero_grad(set_to_none=True)
                 total.backward()  # type: ignore[no-untyped-call]
                 found = [old + _slopes(module, group) ** 2 for old, group in zip(found, groups, strict=True)]
@@ -76,16 +75,13 @@ def taylor(module: nn.Module, groups: Sequence[Group], task: Task, run: Run, sam
     return [values / count for values in found]
 
 
-def _sums(module: nn.Module, task: Task, data: Data, rows: list[int], run: Run) -> Iterator[tuple[Tensor, int]]:
+def _sums(module: nn.Module, parts: Iterable[Samples], seed: int) -> Iterator[tuple[Tensor, int]]:
     """The sum of the outputs for some samples, with random signs, and the number of samples."""
-    size, random = batch_size(task, BATCH), torch.Generator().manual_seed(run.seed)
-    feed = Feed(task, data, torch.tensor(rows).numpy(), size, (run.seed,))
-    for start in range(0, len(rows), size):
-        for batch in data.take(rows[start : start + size]):
-            part = feed.tensors(batch)
-            outputs = [one for one in flatten(module(*part.inputs)) if one.is_floating_point()]
-            signs = [torch.randint(0, 2, one.shape, generator=random) * 2 - 1 for one in outputs]
-            yield torch.stack([(one * sign).sum() for one, sign in zip(outputs, signs, strict=True)]).sum(), part.count
+    random = torch.Generator().manual_seed(seed)
+    for part in parts:
+        outputs = [one for one in flatten(module(*part.inputs)) if one.is_floating_point()]
+        signs = [torch.randint(0, 2, one.shape, generator=random) * 2 - 1 for one in outputs]
+        yield torch.stack([(one * sign).sum() for one, sign in zip(outputs, signs, strict=True)]).sum(), part.count
 
 
 def _slopes(module: nn.Module, group: Group) -> Tensor:

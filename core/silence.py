@@ -36,7 +36,8 @@ def silence() -> Iterator[None]:
 @contextmanager
 def muted(channel: int) -> Iterator[None]:
     """Nor what compiled code writes, past Python, to the process's output (1) or error (2) channel."""
-    (sys.stdout if channel == 1 else sys.stderr).flush()
+    if (stream := sys.stdout if channel == 1 else sys.stderr) is not None:  # a program without a terminal has none
+        stream.flush()
     kept = os.dup(channel)
     try:
         with Path(os.devnull).open("w") as sink:
