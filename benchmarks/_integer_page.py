@@ -79,7 +79,35 @@ def _accuracy(data: Row) -> str:
         "also its `.bin` alone). ImageNet sample: one half of the images calibrates and the other is scored, then the "
         "other way round. **edgepack** with its defaults.\n"
     )
-    return "\n".join([text, *(_network(name, list(rows)) for name, rows in groupby(data["rows"], _name))])
+    return "\n".join([text, *(_network(name, list(rows)) for name, rows in groupby(data["rows"], _name)), _luck(data)])
+
+
+def _luck(data: Row) -> str:
+    """Where a tool's file gets more images right than edgepack's best in the same engine, and whether that can be luck.
+
+    Files that keep the float network's class on shares a and b of n images differ on at most D = n(1 - a) + n(1 - b),
+    so that the difference of their right answers has a standard deviation of at most √D.
+    """
+    lines = []
+    for _, group in groupby(data["rows"], lambda row: (row["network"], row["format"])):
+        rows = [row for row in group if row.get("agreement") is not None]
+        ours = max((row for row in rows if mine(row)), key=lambda row: row["score"], default=None)
+        for row in rows if ours is not None else ():
+            if mine(row) or row["score"] <= ours["score"] or row["samples"] != ours["samples"]:
+                continue
+            count = row["samples"]
+            more = round(count * (row["score"] - ours["score"]) / 100)
+            apart = round(sum(count * (100 - one["agreement"]) / 100 for one in (row, ours)))
+            verdict = "within chance" if more <= 2 * apart**0.5 else "more than chance"
+            lines.append(f"| {TITLES[row['network']]} | {ENGINES[row['format']]} | {row['tool']} | {more} of {count} "
+                         f"| {apart} | {2 * apart**0.5:.0f} | {verdict} |")  # fmt: skip
+    text = (
+        "### Where a tool's file scores higher\n\nThan the better of edgepack's in the same engine. *More right*: "
+        "images. *Apart*: images on which the two can differ at all, those on which one of them leaves the float "
+        "network's class. *By luck*: two standard deviations of the difference, were every such image a toss.\n"
+    )
+    head = ["| network | engine | tool | more right | apart, at most | by luck, up to | |", "| --- " * 7 + "|"]
+    return "\n".join([text, *head, *lines]) + "\n"
 
 
 def _name(row: Row) -> str:
@@ -131,10 +159,11 @@ def _latency(data: Row) -> str:
         "computed in float32 (OpenVINO's eight-bit files run as the engine chooses). *÷ best*: over the fastest file "
         "of the engines' own tools that keeps the quality: an SQNR of at least "
         f"{data['guards']['convolutions']:g} dB, for transformers {data['guards']['transformers']:g} dB, where weights "
-        "are random. Others are shown, marked †. Trained networks have no such limit; their quality is above.\n"
+        "are random. Others are shown, marked †. Trained networks have no such limit; their quality is above. *Size*: "
+        "of the model files over four bytes per parameter, where it was noted and is not above.\n"
     )
-    lines = ["| network | engine | tool | SQNR dB | p50 ms | ÷ float | verdict | ÷ best | verdict | best |",
-             "| --- " * 10 + "|"]  # fmt: skip
+    lines = ["| network | engine | tool | size | SQNR dB | p50 ms | ÷ float | verdict | ÷ best | verdict | best |",
+             "| --- " * 11 + "|"]  # fmt: skip
     lines += [text for row in data["rows"] for text in race(row)]
     return "\n".join([text, *lines]) + f"\n\nConditions: {data['machine']}; {data['processor']}.\n"
 
@@ -146,10 +175,11 @@ def race(row: Row) -> list[str]:
         mark = "" if entry.get("kept", True) else " †"
         name = f"**{entry['label']}**" if mine({"tool": entry["label"]}) else f"{entry['label']}{mark}"
         if "why" in entry:
-            lines.append(f"{start} {name} | {_why(entry)} | | | | | | |")
+            lines.append(f"{start} {name} | {_why(entry)} | | | | | | | |")
             continue
         best = "" if entry.get("over_best") is None else row["best"]
-        lines.append(f"{start} {name} | {_shown(entry['sqnr_db'], 1)} | {entry['p50_ms']:.3f} "
+        size, noise = _shown(entry.get("size_ratio"), 3), _shown(entry["sqnr_db"], 1)
+        lines.append(f"{start} {name} | {size} | {noise} | {entry['p50_ms']:.3f} "
                      f"| {_ratio(entry.get('over_float'))} | {_ratio(entry.get('over_best'))} | {best} |")  # fmt: skip
     return lines
 

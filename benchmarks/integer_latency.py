@@ -135,6 +135,7 @@ def race(case: Case, format: str, kind: str, settings: Settings) -> Entry:
     profiles = Host().measure(contenders, settings)
     entries = [{"label": profile.label, "p50_ms": profile.latency_ms.p50, "floor_ms": profile.conditions["floor_ms"],
                 "sqnr_db": None if profile.label == FLOAT else quality(case, artifacts[profile.label], format),
+                "size_ratio": round(artifacts[profile.label].size_bytes / case.float_bytes, 4),
                 "ratio": None if profile.ratio is None else asdict(profile.ratio)} for profile in profiles]  # fmt: skip
     for entry in entries:
         entry["kept"] = kept(case, entry["sqnr_db"])

@@ -1,6 +1,7 @@
 """Random crops and flips of training images, the same for an image and for a target that is an image.
 
-They act on preprocessed batches. Borders are mirrored, which commutes with any preprocessing per channel.
+They act on preprocessed batches: mirrored borders commute with any preprocessing per channel, black ones are
+preprocessed themselves.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-WORDS = ("crop", "flip")
+WORDS = ("crop", "pad", "flip")
 BORDER = 8  # an image of the input's own size is enlarged by 1 / BORDER on each side before it is cropped
 
 
@@ -28,7 +29,9 @@ def words_of(augment: str) -> tuple[str, ...]:
     words = tuple(word for word in augment.split("-") if word)
     for word in words:
         if word not in WORDS:
-            raise ValueError(f"augment is made of {' and '.join(WORDS)}, such as 'crop-flip'; {word!r} is neither")
+            raise ValueError(f"augment is made of {', '.join(WORDS)}, such as 'crop-flip'; {word!r} is none of them")
+    if {"crop", "pad"} <= set(words):
+        raise ValueError("augment: 'crop' has mirrored borders and 'pad' black ones: take one of them")
     return words
 
 
@@ -36,7 +39,8 @@ def augmented(batch: Batch, words: Sequence[str], inputs: Sequence[Input], rando
     """The batch with every sample cropped and flipped at random.
 
     ``crop``: a window of the input's height and width, from the image where it is larger, else from the image with
-    mirrored borders. ``flip``: left and right change places, in half of the samples.
+    mirrored borders. ``pad``: the same with black borders (0 before preprocessing), as torchvision's
+    ``RandomCrop(padding=…)`` makes them. ``flip``: left and right change places, in half of the samples.
 
     Raises:
         InputError: an input is no image, images are smaller than the window, or it is open how targets lie.
@@ -48,22 +52,28 @@ def augmented(batch: Batch, words: Sequence[str], inputs: Sequence[Input], rando
     if len(sizes) > 1:
         raise InputError(f"augment: the inputs are images of several sizes, {sorted(sizes)}", "leave augment out")
     (size,) = sizes
-    window = _window(inputs[0]) if "crop" in words else size
-    border = _border(size, window) if "crop" in words else (0, 0)
+    cropped, black = bool({"crop", "pad"} & set(words)), "pad" in words
+    window = _window(inputs[0]) if cropped else size
+    border = _border(size, window) if cropped else (0, 0)
     count = len(batch)
     tops, lefts = (random.integers(0, side + 2 * more - part + 1, count)
                    for side, more, part in zip(size, border, window, strict=True))  # fmt: skip
     flips = random.random(count) < 0.5 if "flip" in words else np.zeros(count, bool)
 
-    def moved(array: Array, axes: tuple[int, int], scale: int = 1) -> Array:
-        wide = _mirrored(array, axes, tuple(scale * more for more in border))
+    def moved(array: Array, axes: tuple[int, int], scale: int = 1, around: Array | None = None) -> Array:
+        wide = _widened(array, axes, tuple(scale * more for more in border), around)
         rows = [_cut(wide[i], axes, (scale * int(tops[i]), scale * int(lefts[i])), window, scale) for i in range(count)]
         return np.stack([np.flip(row, axes[1] - 1) if flip else row for row, flip in zip(rows, flips, strict=True)])
 
     targets, scale = batch.targets, _scale(batch.targets, size)
     if targets is not None and scale is not None:
+        if black and any(border):
+            raise InputError("augment: 'pad' leaves open what targets that are images show in the borders",
+                             "take crop, whose borders are mirrored")  # fmt: skip
         targets = moved(targets, (targets.ndim - 2, targets.ndim - 1), scale)
-    return replace(batch, inputs={n: moved(batch.inputs[n], axes) for n, axes in places.items()}, targets=targets)
+    around = {item.name: _black(item) if black else None for item in inputs}
+    moves = {name: moved(batch.inputs[name], axes, around=around[name]) for name, axes in places.items()}
+    return replace(batch, inputs=moves, targets=targets)
 
 
 def _place(item: Input) -> tuple[int, int]:
@@ -98,13 +108,26 @@ def _scale(targets: Array | None, size: tuple[int, int]) -> int | None:
     return int(height // size[0])
 
 
-def _mirrored(array: Array, axes: tuple[int, int], border: tuple[int, ...]) -> Array:
+def _black(item: Input) -> Array:
+    """One black pixel as the network takes it: (1, C, 1, 1) in the order of the input's axes."""
+    shape = [size if letter == "C" else 1 for size, letter in zip(item.shape, item.layout or "", strict=True)]
+    return item.apply(np.zeros(shape, np.float32))
+
+
+def _widened(array: Array, axes: tuple[int, int], border: tuple[int, ...], around: Array | None) -> Array:
+    """With borders of ``around``, or mirrored."""
     if not any(border):
         return array
     widths = [(0, 0)] * array.ndim
     for axis, more in zip(axes, border, strict=True):
         widths[axis] = (more, more)
-    return np.pad(array, widths, mode="symmetric")
+    if around is None:
+        return np.pad(array, widths, mode="symmetric")
+    wide = np.empty([size + sum(more) for size, more in zip(array.shape, widths, strict=True)], array.dtype)
+    wide[...] = around
+    inside = tuple(slice(first, first + size) for (first, _), size in zip(widths, array.shape, strict=True))
+    wide[inside] = array
+    return wide
 
 
 def _cut(image: Array, axes: tuple[int, int], start: tuple[int, int], window: tuple[int, int], scale: int) -> Array:

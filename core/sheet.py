@@ -50,7 +50,11 @@ class DataSection(Section):
 class TrainingSection(DataSection):
     """Samples for passes that train, and how they are varied."""
 
-    augment: str = Field(default="", description="crop, flip or crop-flip: random, the same for image targets")
+    augment: str = Field(
+        default="",
+        description="crop-flip, pad-flip, crop, pad or flip: random, the same for image targets; crop mirrors borders, "
+        "pad makes them black, as torchvision's RandomCrop(padding=…) does",
+    )
 
 
 class InputSection(Section):

@@ -198,7 +198,7 @@ class Task:
         calibration: samples that represent what the network will see.
         evaluation: samples with targets, scored by ``metric``.
         training: samples for passes that train; with targets, or without.
-        augment: how training images are varied: ``crop``, ``flip``, ``crop-flip``; empty for not at all.
+        augment: how training images are varied: ``crop`` or ``pad``, ``flip``, ``crop-flip`` …; empty for not at all.
         metric: how outputs are scored.
         loss: what training makes small; None: what the metric implies.
         labels: class names, empty if unknown.

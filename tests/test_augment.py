@@ -45,6 +45,31 @@ def test_crops_are_windows_of_the_mirrored_image(seed: int, layout: str) -> None
         assert is_window(part, wide) or is_window(part[..., ::-1], wide)
 
 
+@given(st.integers(0, 1000), st.sampled_from(["NCHW", "NHWC"]))
+def test_padded_images_are_windows_of_the_raw_image_with_black_borders(seed: int, layout: str) -> None:
+    facts = {"scale": 255, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+    item = Input("x", (1, 3, 16, 24) if layout == "NCHW" else (1, 16, 24, 3), layout=layout, **facts)
+    raw = np.random.default_rng(seed).integers(0, 256, (2, 16, 24, 3), dtype=np.uint8)
+    (plain,) = Arrays((item,), {"x": raw}, None).batches(2)
+    (wide,) = Arrays((item,), {"x": np.pad(raw, ((0, 0), (2, 2), (3, 3), (0, 0)))}, None).batches(2)
+    found = augmented(plain, ("pad", "flip"), (item,), np.random.default_rng(seed)).inputs["x"]
+    assert found.dtype == np.float32
+    whole = wide.inputs["x"]
+    if layout == "NHWC":
+        found, whole = found.transpose(0, 3, 1, 2), whole.transpose(0, 3, 1, 2)
+    for part, image in zip(found, whole, strict=True):
+        assert is_window(part, image) or is_window(part[..., ::-1], image)
+
+
+def test_padded_images_are_all_the_crops_of_a_padded_image() -> None:
+    item = Input("x", (1, 1, 8, 8))
+    image = np.arange(1, 65, dtype=np.float32).reshape(1, 1, 8, 8).repeat(200, 0)
+    found = augmented(Batch({"x": image}, {"x": image}, None), ("pad",), (item,), np.random.default_rng(0)).inputs["x"]
+    wide = np.pad(image[0, 0], 1)
+    expected = {wide[top : top + 8, left : left + 8].tobytes() for top in range(3) for left in range(3)}
+    assert {one.tobytes() for one in found} == expected
+
+
 def test_all_places_and_both_directions_occur() -> None:
     given_ = batch(ITEM, count=600)
     flipped = augmented(given_, ("flip",), (ITEM,), np.random.default_rng(0)).inputs["x"]
@@ -86,18 +111,22 @@ def test_targets_that_are_images_move_along(masks: bool) -> None:
             None,
             "16x24 is smaller than the input, 40x40",
         ),
+        (ITEM, (16, 24), np.zeros((6, 3, 16, 24)), "'pad' leaves open what targets that are images show"),
         (ITEM, (16, 24), np.zeros((6, 3, 40, 24)), r"targets of shape \(6, 3, 40, 24\) do not lie on images of 16x24"),
     ],
 )
 def test_refusals(item: Input, size: Any, targets: Any, message: str) -> None:
+    word = "pad" if "'pad'" in message else "crop"
     values = np.zeros((6, 7) if size is None else (6, 3, *size), np.float32)
     with pytest.raises(InputError, match=message):
-        augmented(Batch({"x": values}, {"x": values}, targets), ("crop",), (item,), np.random.default_rng(0))
+        augmented(Batch({"x": values}, {"x": values}, targets), (word,), (item,), np.random.default_rng(0))
 
 
 def test_a_task_refuses_words_that_are_none() -> None:
-    with pytest.raises(ValueError, match="'rotate' is neither"):
+    with pytest.raises(ValueError, match="'rotate' is none of them"):
         Task((ITEM,), augment="crop-rotate")
+    with pytest.raises(ValueError, match="'pad' black ones: take one of them"):
+        Task((ITEM,), augment="crop-pad-flip")
 
 
 def test_samples_in_any_order(tmp_path: Path) -> None:

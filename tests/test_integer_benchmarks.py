@@ -50,6 +50,19 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_head(script: Any) -> None
     assert "NNCF †" in page.document(None, latency)
 
 
+def test_what_a_tool_gets_right_beyond_us_is_told_from_luck(script: Any) -> None:
+    page = script("_integer_page")
+    row = {"versions": {}, "network": "vit", "format": "onnx", "samples": 1000, "lost": 0.0, "float_score": 75.0,
+           "sqnr_db": 30.0, "size_ratio": 0.3}  # fmt: skip
+    ours = {**row, "tool": "edgepack static", "score": 70.0, "agreement": 99.0}
+    rivals = [{**row, "tool": "near", "score": 71.0, "agreement": 98.4},
+              {**row, "tool": "far", "score": 72.0, "agreement": 98.4},
+              {**row, "tool": "below", "score": 69.0, "agreement": 90.0}]  # fmt: skip
+    found = [line for line in page.document({"rows": [ours, *rivals]}, None).splitlines() if "chance" in line]
+    assert found == ["| ViT, CIFAR-10 | ONNX Runtime | near | 10 of 1000 | 26 | 10 | within chance |",
+                     "| ViT, CIFAR-10 | ONNX Runtime | far | 20 of 1000 | 26 | 10 | more than chance |"]  # fmt: skip
+
+
 def test_a_comparison_seen_from_the_other_side(script: Any) -> None:
     latency = script("integer_latency")
     from edgepack.contracts import Settings

@@ -169,7 +169,7 @@ def test_a_wrong_table_is_named(folder: Path, override: str, message: str) -> No
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("task.training.augment=crop-flop", "task.training.augment: augment is made of crop and flip"),
+        ("task.training.augment=crop-flop", "task.training.augment: augment is made of crop, pad, flip"),
         ("task.evaluation.augment=crop", "task.evaluation.augment: unknown key"),
         ("task.loss='nowhere.py:far'", "task.loss: nowhere.py does not exist"),
     ],
