@@ -11,9 +11,11 @@ ROLES = {
     "original": "original",
     "pruned": "`prune`, with its teacher",
     "removed": "`prune` without solving, with its teacher",
+    "pruned4": "`prune` in fours, with its teacher",
+    "removed4": "`prune` in fours without solving, with its teacher",
     "plain": "Torch-Pruning, plain fine-tuning",
 }
-MADE_AS = {"removed": "pruned"}  # as wide
+MADE_AS = {"removed": "pruned", "removed4": "pruned4"}  # as wide
 
 
 def document(stored: Row) -> str:
@@ -26,7 +28,8 @@ def _lines(stored: Row) -> Iterator[str]:
     yield (
         "Written by `python benchmarks/prune.py` from `benchmarks/results/prune.json`; do not edit. ResNet-32 on "
         "CIFAR-10. Its shortcuts slice and pad channels, so that only the widths inside its blocks can go; `prune` "
-        "finds that out by itself, Torch-Pruning is told. Both leave multiples of 8 channels."
+        "finds that out by itself, Torch-Pruning is told. Both leave multiples of 8 channels, `prune` *in fours* "
+        "multiples of 4 (Torch-Pruning's halves would stay as they are)."
     )
     yield ""
     yield from _accuracy(stored)
@@ -69,12 +72,30 @@ def _accuracy(stored: Row) -> Iterator[str]:
             f"| {settings['lr']:g} | {_percent(after)} | {lost} | {_training(row)} |"
         )
     yield ""
-    yield f"The original has {_percent(original)}."
+    yield f"The original has {_percent(original)}. The best of each at as many epochs (rates, seeds and all):"
+    yield ""
+    yield "| epochs | `prune`, with its teacher | Torch-Pruning, plain fine-tuning | more |"
+    yield "| --- " * 4 + "|"
+    for epochs in sorted({row["settings"]["epochs"] for row in stored.get("training", [])}):
+        roles = [row["role"] for row in stored["training"] if row["settings"]["epochs"] == epochs]
+        found = [scores[f"{role}-trained"] for role in roles if f"{role}-trained" in scores]
+        ours, theirs = (
+            max((row["top1"] for row in found if row["role"].startswith("plain") == plain), default=None)
+            for plain in (False, True)
+        )
+        if ours is not None and theirs is not None:
+            yield f"| {epochs} | {100 * ours:.2f} % | {100 * theirs:.2f} % | {100 * (ours - theirs):.2f} points |"
 
 
-def _place(row: Row) -> tuple[int, int, bool, float]:
+def _place(row: Row) -> tuple[int, int, bool, float, int]:
     settings, order = row["settings"], list(ROLES)
-    return settings["epochs"], order.index(row["role"].partition("-")[0]), settings["mixup"], settings["lr"]
+    return (
+        settings["epochs"],
+        order.index(row["role"].partition("-")[0]),
+        settings["mixup"],
+        settings["lr"],
+        settings.get("seed", 0),
+    )
 
 
 def _percent(row: Row | None) -> str:
@@ -84,15 +105,17 @@ def _percent(row: Row | None) -> str:
 def _training(row: Row) -> str:
     settings = row["settings"]
     mixed = " mixed by twos" if settings["mixup"] else ""
-    inner = f", inner results × {settings['feature_weight']:g}" if settings["features"] else ""
-    return f"{row['images']:,} images{mixed}, batches of {settings['batch']}{inner}"
+    inner, again = "", ", another seed" if settings.get("seed") else ""
+    if settings["features"]:
+        inner = f", temperature {settings['temperature']:g}, inner results × {settings['feature_weight']:g}"
+    return f"{row['images']:,} images{mixed}, batches of {settings['batch']}{inner}{again}"
 
 
 def _race(stored: Row) -> Iterator[str]:
     yield "## Latency"
     yield ""
     yield (
-        "Whole networks, float32, one thread, one image, the three networks interleaved; *× as fast* as the original "
+        "Whole networks, float32, one thread, one image, all networks interleaved; *× as fast* as the original "
         "with the 95 % interval. The even halves are faster at as many multiply-accumulates. The "
         "files hold the weights from before training, of which these times do not depend."
     )
@@ -129,6 +152,7 @@ def _budget(rows: list[Row]) -> Iterator[str]:
 def _choice(stored: Row) -> Iterator[str]:
     choices = {row["role"]: row for row in stored["choice"]}
     pruned = choices["pruned"]
+    fours = {row["layer"]: row["after"] for row in choices.get("pruned4", {}).get("layers", ())}
     yield "## Layer by layer"
     yield ""
     yield (
@@ -137,12 +161,12 @@ def _choice(stored: Row) -> Iterator[str]:
         "original with the weights of the same channels at 0."
     )
     yield ""
-    yield "| layer | channels | `prune` | Torch-Pruning | worth of those that stay | of those that go |"
-    yield "| --- " * 6 + "|"
+    yield "| layer | channels | `prune` | in fours | Torch-Pruning | worth of those that stay | of those that go |"
+    yield "| --- " * 7 + "|"
     for row in pruned["layers"]:
         spread = [_spread(row["criterion"].get(word)) for word in ("kept", "gone")]
-        yield (f"| {row['layer']} | {row['before']} | {row['after']} | {choices['plain']['widths'][row['layer']]} "
-               f"| {' | '.join(spread)} |")  # fmt: skip
+        yield (f"| {row['layer']} | {row['before']} | {row['after']} | {fours.get(row['layer'], '–')} "
+               f"| {choices['plain']['widths'][row['layer']]} | {' | '.join(spread)} |")  # fmt: skip
     yield ""
     yield "Left as they are:"
     yield ""

@@ -2,6 +2,7 @@
 
     python benchmarks/prune.py choose               # the pass and Torch-Pruning's own pruner, not trained
     python benchmarks/prune.py train --roles pruned-0.1-5  # the pass's, with its teacher, at this rate, for 5 epochs
+    python benchmarks/prune.py train --roles removed4-0.2-5-light-sharp  # other widths, weights of losses, temperature
     python benchmarks/prune.py train --roles plain-0.1-5   # Torch-Pruning's, on labels alone; goes on where it stopped
     python benchmarks/prune.py score                # on 10,000 test images, which took part in nothing before
     python benchmarks/prune.py export               # what is raced
@@ -47,19 +48,23 @@ from edgepack.versions import versions
 from factorize import accuracy
 
 ROOT = Path(__file__).resolve().parent.parent
-ROLES = ("original", "pruned", "plain")
+ROLES = ("original", "pruned", "pruned4", "plain")
 TARGETS = ("onnx", "openvino", "tflite")
 PACKAGES = ("torch", "torch-pruning", "onnxruntime", "openvino", "ai-edge-litert")
 IMAGES, MULTIPLE = 20000, 8
 OPTIONS = Prune(macs_ratio=0.4999, multiple=MULTIPLE, samples=1024, targets=())
+CHOICES = {"pruned": OPTIONS, "pruned4": replace(OPTIONS, multiple=4)}
+CHOICES |= {name.replace("pruned", "removed"): replace(chosen, reconstruct=False) for name, chosen in CHOICES.items()}
 BUDGET = Prune(latency_ratio=0.7, multiple=MULTIPLE, samples=256)
 PLAIN = Tune(batch=128, norms="train", held_out=0, precision="bfloat16", teacher="none")
 TAUGHT = replace(PLAIN, teacher="original", features=("auto",), feature_weight=4.0)
 TUNE = {f"{role}-{rate:g}-{epochs}": replace(base, lr=rate, epochs=epochs)
-        for role, base in (("pruned", TAUGHT), ("removed", TAUGHT), ("plain", PLAIN))
+        for role, base in (*((role, TAUGHT) for role in CHOICES), ("plain", PLAIN))
         for rate in (0.02, 0.05, 0.1, 0.2) for epochs in (5, 11, 15)}  # fmt: skip
 TUNE |= {f"{name}-mixup": replace(settings, mixup=True) for name, settings in TUNE.items()}
 TUNE |= {f"{name}-light": replace(settings, feature_weight=1.0) for name, settings in TUNE.items()}
+TUNE |= {f"{name}-sharp": replace(settings, temperature=2.0) for name, settings in TUNE.items()}
+TUNE |= {f"{name}-again": replace(settings, seed=1) for name, settings in TUNE.items()}
 
 
 def load(data: Path) -> tuple[nn.Module, Task]:
@@ -77,14 +82,14 @@ def job(module: nn.Module, task: Task, work: Path, role: str) -> PassRun:
 def choose(options: argparse.Namespace) -> None:
     """Both networks before training."""
     module, task = load(options.data)
-    for role, solved in (("removed", False), ("pruned", True)):
+    for role, settings in CHOICES.items():
         run = job(module, task, options.work, role)
-        keep(options, role, replace(OPTIONS, reconstruct=solved).apply(copy.deepcopy(module), task, run))
-    for note in run.notes:
-        say(note)
-    share = run.findings["channels"]["macs"]
-    row = {**run.findings["channels"], "role": "pruned"}
-    page.RESULTS.store("choice", row, facts())
+        keep(options, role, settings.apply(copy.deepcopy(module), task, run))
+        for note in run.notes:
+            say(note)
+        if settings.reconstruct is None:
+            share = run.findings["channels"]["macs"]
+            page.RESULTS.store("choice", {**run.findings["channels"], "role": role}, facts())
     plain = magnitude(module, task)
     keep(options, "plain", plain)
     widths = {path: layer.out_channels for path, layer in plain.named_modules() if isinstance(layer, nn.Conv2d)}
@@ -129,7 +134,7 @@ def score(options: argparse.Namespace) -> None:
     module, task = load(options.data)
     test = open_data({"data": "cifar10_test.npz"}, task.inputs, options.data)
     for role in options.roles:
-        untrained = [role] if options.untrained or role in ("original", "removed") else []
+        untrained = [role] if options.untrained or role == "original" or role in CHOICES else []
         for name in [*untrained, *([f"{role}-trained"] if role in TUNE else [])]:
             network = module if role == "original" else kept(options, name)
             row = {"role": name, "samples": len(test), "top1": accuracy(network.eval(), test)}
@@ -215,10 +220,10 @@ def main() -> None:
     parser.add_argument(
         "--roles",
         nargs="+",
-        choices=(*ROLES, "removed", *TUNE),
+        choices=(*ROLES, "removed", "removed4", *TUNE),
         default=ROLES,
         metavar="ROLE",
-        help="such as plain, or to be trained: plain-0.1-5, pruned-0.1-15-mixup",
+        help="such as plain, or to be trained: plain-0.1-5, pruned-0.1-15-mixup, plain-0.1-5-again (another seed)",
     )
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")

@@ -30,7 +30,7 @@ def test_a_row_takes_the_place_of_its_like(page: Any, tmp_path: Path) -> None:
     results.store("choice", pruned, facts)
     for role, rate in (("pruned-0.1-3", 0.1), ("removed-0.1-3", 0.1), ("plain-0.2-3", 0.2)):
         settings = {"lr": rate, "epochs": 3, "batch": 64, "mixup": role == "removed-0.1-3", "feature_weight": 4.0,
-                    "features": [] if role == "plain-0.2-3" else ["auto"]}  # fmt: skip
+                    "temperature": 2.0, "features": [] if role == "plain-0.2-3" else ["auto"]}  # fmt: skip
         results.store("training", {"role": role, "images": 2000, "settings": settings}, facts)
     for role, top1 in (("original", 0.9), ("removed", 0.05), ("pruned", 0.1), ("pruned-0.1-3-trained", 0.88)):
         results.store("accuracy", {"role": role, "top1": top1, "samples": 10}, facts)
@@ -39,11 +39,11 @@ def test_a_row_takes_the_place_of_its_like(page: Any, tmp_path: Path) -> None:
     wide, how = "0.500 | 0.250", "batches of 64"
     assert lines == [
         f"| `prune`, with its teacher | {wide} | 10.00 % | 3 | 0.1 | 88.00 % | 2.00 points "
-        f"| 2,000 images, {how}, inner results × 4 |",
+        f"| 2,000 images, {how}, temperature 2, inner results × 4 |",
         f"| `prune` without solving, with its teacher | {wide} | 5.00 % | 3 | 0.1 | not run | not run "
-        f"| 2,000 images mixed by twos, {how}, inner results × 4 |",
+        f"| 2,000 images mixed by twos, {how}, temperature 2, inner results × 4 |",
         "| Torch-Pruning, plain fine-tuning | 0.600 | 0.500 | not run | 3 | 0.2 | not run | not run "
         f"| 2,000 images, {how} |",
     ]
-    assert "| a.b | 16 | 8 | 12 | 1 … 2.5 | – |" in text
+    assert "| a.b | 16 | 8 | – | 12 | 1 … 2.5 | – |" in text
     assert "differs by 1e-07 of the largest output" in text
