@@ -89,23 +89,27 @@ def compress(call: Call, recipe: Target = RECIPE) -> Json:
     return result.to_json()
 
 
-@verb(*WORK, examples="edgepack export\nedgepack export edgepack-out --to onnx --to openvino")
+@verb(
+    *WORK, examples="edgepack export\nedgepack export --to tflite\nedgepack export edgepack-out --to onnx --to openvino"
+)
 def export(
     call: Call,
     recipe: Annotated[
         Path, typer.Argument(metavar="RECIPE|FOLDER", help="The recipe, or an output folder with --to.")
     ] = RECIPE,
-    to: Annotated[list[str] | None, typer.Option(metavar="FORMAT", help="Format, for a folder; may repeat.")] = None,
+    to: Annotated[list[str] | None, typer.Option(metavar="FORMAT", help="Only this format; may repeat.")] = None,
 ) -> Json:
     """Write the artifacts the recipe asks for, each checked against its golden answers."""
     from edgepack import _tables, pipeline
 
-    if to:
+    names = to or []
+    if names and recipe.is_dir() and not (recipe / RECIPE).exists():
         if call.dry_run:
-            return _show_plan(call, [{"stage": "export", "part": name, "options": {}} for name in to])
-        results = pipeline.export_folder(recipe, to, call.options())
+            return _show_plan(call, [{"stage": "export", "part": name, "options": {}} for name in names])
+        results = pipeline.export_folder(recipe, names, call.options())
     else:
         loaded = call.recipe(recipe)
+        loaded = pipeline.narrowed(loaded, names) if names else loaded
         if call.dry_run:
             return _plan(call, loaded, "export")
         results = pipeline.export_recipe(loaded, call.options())

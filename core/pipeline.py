@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,13 @@ def compress_recipe(recipe: Recipe, opts: Options) -> CompressResult:
     task = task_of(recipe)
     opts.progress.start("loading the model")
     return compress(load_model(recipe), task, recipe.passes, out, opts.progress, made_from, recipe.folder)
+
+
+def narrowed(recipe: Recipe, to: Sequence[str]) -> Recipe:
+    """The recipe with its exports of these formats alone, by default options where it asks for none of a format."""
+    own = [item for item in recipe.exporters if item.format in to]
+    missing = [name for name in to if name not in {item.format for item in own}]
+    return replace(recipe, exporters=(*own, *(build(Exporter, {"use": name}) for name in missing)))
 
 
 def export_recipe(recipe: Recipe, opts: Options) -> list[ExportResult]:

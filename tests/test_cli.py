@@ -267,6 +267,18 @@ def test_the_next_command_names_where_the_results_are(edgepack: Run, digits: Pat
     assert "".join(f"next: edgepack export {digits} --out {tmp_path / 'results'}".split()) in said
 
 
+def test_formats_of_a_recipe_are_picked_by_to(edgepack: Run, digits: Path) -> None:
+    words = ("export", digits, "--dry-run", "--json", "--set", "export.onnx.precision=float16")
+    status, out, err = edgepack(*words, "--to", "onnx", "--to", "tflite")
+    assert status == 0, err
+    steps = [(step["part"], step["options"]["precision"]) for step in json.loads(out)["plan"]]
+    assert steps == [("onnx", "float16"), ("tflite", "plan")]
+    status, out, _ = edgepack("export", digits.parent, "--dry-run", "--json", "--to", "openvino")
+    assert [step["part"] for step in json.loads(out)["plan"]] == ["openvino"]
+    status, _, err = edgepack("export", digits, "--dry-run", "--to", "onyx")
+    assert (status, "did you mean 'onnx'?" in err) == (2, True)
+
+
 @pytest.mark.slow
 def test_the_whole_job_on_the_example(edgepack: Run, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="pip install 'edgepack[all]'")
