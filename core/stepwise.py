@@ -28,6 +28,8 @@ ON_GRID = 0.02  # of a step; how far a float tensor of the file may be from the 
 FOUND = "quantized_decomposed.quantize_per_tensor.tensor"  # in a range found at run time
 PRODUCT_DB = 60.0  # of a product of rows rounded at run time; values that rounded the other way leave it above 70
 WEIGHTED = ("aten.linear", "aten.conv2d")
+THINNED = 1 << 16  # elements that show whether a tensor may be the one looked for
+LOOKED_AT = 4  # of the nearest by those, whole
 WIDE_SHARE = 0.02  # of 16-bit values; a step of theirs is near what float32 sums are exact to
 HALVES = (*MOVES, "mul", "sub", "trunc", "add")
 RELUS = ("aten.relu", "aten.hardtanh")
@@ -189,13 +191,36 @@ class _Comparison:
         return torch.from_numpy(np.ascontiguousarray(array))
 
     def _nearest(self, wanted: Array, grid: _Grid) -> tuple[Step, Array] | None:
-        """The tensor of the file whose integers are nearest, None where none of that size is on this grid."""
+        """The tensor of the file whose integers are nearest, None where none of that size is on this grid.
+
+        Some elements of each show which few to look at whole.
+        """
+        some = _thinned(wanted).astype(np.int32)
         found = []
         for step, array in self.file.shaped(wanted.shape):
+            part = _integers(_thinned(array), wanted.dtype, grid.scale, grid.zero)
+            if part is not None:
+                found.append((_distance(part, some), step, array))
+        best: list[tuple[float, Step, Array]] = []
+        for _, step, array in sorted(found, key=lambda entry: entry[0]):
             whole = _integers(array, wanted.dtype, grid.scale, grid.zero)
             if whole is not None:
-                found.append((float(np.abs(whole.astype(np.int32) - wanted).mean()), step, whole))
-        return min(found, key=lambda entry: entry[0])[1:] if found else None
+                best.append((_distance(whole, wanted), step, whole))
+            if len(best) == LOOKED_AT:
+                break
+        return min(best, key=lambda entry: entry[0])[1:] if best else None
+
+
+def _distance(whole: Array, wanted: Array) -> float:
+    return float(np.abs(whole.astype(np.int32) - wanted).mean())
+
+
+def _thinned(array: Array) -> Array:
+    """A view of some of the elements, the same ones of all arrays of one shape: all of a small one."""
+    steps = [1] * array.ndim
+    while math.prod(left := [-(-size // step) for size, step in zip(array.shape, steps, strict=True)]) > THINNED:
+        steps[left.index(max(left))] *= 3
+    return array[tuple(slice(None, None, step) for step in steps)]
 
 
 def _rounded(node: Node) -> Node:

@@ -26,7 +26,7 @@ from edgepack.exporting import export, simulation_of  # noqa: E402
 from edgepack.parity import runtime_for  # noqa: E402
 from edgepack.progress import Silent  # noqa: E402
 from edgepack.proof import prove  # noqa: E402
-from edgepack.stepwise import Stepwise, _same_zero, stepwise  # noqa: E402
+from edgepack.stepwise import THINNED, Stepwise, _Comparison, _Grid, _same_zero, _Tensors, _thinned, stepwise  # noqa: E402
 from edgepack.task import Input, Task  # noqa: E402
 from onnx import numpy_helper  # noqa: E402
 
@@ -225,3 +225,33 @@ def test_a_zero_found_at_run_time_may_be_rounded_the_other_way(by: int, left: in
     found = _same_zero((wanted.astype(int) + by).astype(np.uint8), wanted)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, wanted + left)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (1, 3, 5, 5), (1, 64, 200, 300), (1, 2_000_000), (300, 300, 1)])
+def test_what_shows_a_large_tensor_is_small_and_the_same_of_each_layout(shape: tuple[int, ...]) -> None:
+    array = np.arange(int(np.prod(shape))).reshape(shape)
+    some = _thinned(array)
+    assert some.size <= THINNED
+    assert some.size == array.size or some.size > THINNED / 9
+    turned = np.ascontiguousarray(np.moveaxis(array, 0, -1)) if shape else array
+    np.testing.assert_array_equal(_thinned(np.moveaxis(turned, -1, 0) if shape else turned), some)
+
+
+def test_the_nearest_of_large_tensors_is_found_where_few_elements_tell_them_apart() -> None:
+    random = np.random.default_rng(0)
+    wanted = random.integers(-128, 128, (1, 12, 90, 80)).astype(np.int8)
+    seen = np.zeros(wanted.shape, bool)
+    _thinned(seen)[...] = True
+    hidden = np.argwhere(~seen)
+    tensors = {"noise": random.integers(-128, 128, wanted.shape).astype(np.int8)}
+    for count in (3, 1, 2):  # so many elements of what is not looked at first are others
+        tensors[f"apart {count}"] = wanted.copy()
+        for place in hidden[:count]:
+            tensors[f"apart {count}"][tuple(place)] ^= 1
+    tensors["off the grid"] = wanted * np.float32(0.5)
+    tensors["off the grid"][tuple(hidden[0])] += 0.2
+    steps = [Step("Conv", name, (), {name: value}) for name, value in tensors.items()]
+    found = _Comparison(_Tensors.of(steps))._nearest(wanted, _Grid(0.5, 0.0))
+    assert found is not None
+    assert found[0].name == "apart 1"
+    assert _Comparison(_Tensors.of(steps[-1:]))._nearest(wanted, _Grid(0.5, 0.0)) is None
