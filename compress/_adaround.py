@@ -22,6 +22,7 @@ from torch import Tensor
 
 from edgepack.compress._gptq import round_in_turn
 from edgepack.compress._grid import laid_out, round_to, spread
+from edgepack.errors import counted
 
 STEPS = 1000
 RATE = 0.02
@@ -76,7 +77,8 @@ class AdaRound:
         """What was gained, for the report."""
         gained = sum(self.ratios) / max(len(self.ratios), 1)
         cut = f"; {self.seconds:g} s did not suffice for {self.cut} of them" if self.cut else ""
-        return f"learned to round {len(self.ratios)} layers: {gained:.2f} of the error that columns in turn have{cut}"
+        layers = counted(len(self.ratios), "layer")
+        return f"learned to round {layers}: {gained:.2f} of the error that columns in turn have{cut}"
 
 
 def row_errors(weight: Tensor, rounded: Tensor, moments: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from edgepack.compress._reconstruct import reconstruct
 from edgepack.compress._tune_feed import looked_at
 from edgepack.compress._widths import Costs, Step, enough, narrowest, steps
 from edgepack.compress._worth import magnitudes, scales, taylor
-from edgepack.errors import BudgetError, Unsupported
+from edgepack.errors import BudgetError, Unsupported, counted
 from edgepack.tracing import example_inputs
 
 if TYPE_CHECKING:
@@ -187,8 +187,8 @@ class Pruning:
                        f"{gap:.1e} from the network with those weights at 0")  # fmt: skip
         if self.errors:
             first, last = (median(errors) for errors in zip(*self.errors.values(), strict=True))
-            self.run_.note(f"reconstructed {len(self.errors)} layers: {last:.3f} of what they gave is missing, "
-                           f"{first:.3f} before (squared, the median layer)")  # fmt: skip
+            self.run_.note(f"reconstructed {counted(len(self.errors), 'layer')}: {last:.3f} of what they gave is "
+                           f"missing, {first:.3f} before (squared, the median layer)")  # fmt: skip
         for path, why in list(self.left.items())[:SHOWN]:
             self.run_.note(f"left {path}: {why}")
         verdicts = {target: self._verdict(target, before, module, ratios) for target in self.options.targets if order}

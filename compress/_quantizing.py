@@ -37,7 +37,7 @@ from edgepack.compress._ranges import METHODS, Histogram
 from edgepack.compress._rounding import Rounding
 from edgepack.compress._saturation import Saturation, narrow_words
 from edgepack.compress._sensitivity import Sensitivity, remember, sentences
-from edgepack.errors import InputError, Unsupported
+from edgepack.errors import InputError, Unsupported, counted
 from edgepack.graph import capture
 
 if TYPE_CHECKING:
@@ -93,7 +93,10 @@ class Quantizing:
         for text in self.rounding.notes:
             self.run_.note(text)
         if biases:
-            self.run_.note(f"corrected {len(biases)} biases on {len(inputs[0])} samples, by {largest:.2g} at most")
+            samples = counted(len(inputs[0]), "sample")
+            self.run_.note(
+                f"corrected biases of {counted(len(biases), 'layer')} on {samples}, by {largest:.2g} at most"
+            )
         if self.options.target is not None:
             self._name_narrow(graph, len(scales))
         if self.options.explain:
@@ -308,7 +311,7 @@ class Quantizing:
         if missing := (set(scales) | set(ranges)) - set(plan.nodes):
             raise AssertionError(f"captured again, the network lacks {sorted(missing)}")
         counts = Counter(max(self.bits[name], self.options.widths[-1]) for name in scales)
-        said = ", ".join(f"{bits}-bit weights in {count} layers" for bits, count in sorted(counts.items()))
+        said = ", ".join(f"{bits}-bit weights in {counted(count, 'layer')}" for bits, count in sorted(counts.items()))
         said += grouped_words(scales, self.options.group_size) + tabled_words(len(self.tables), self.options.codebook)
         self.run_.note(f"{said}, {len(self.left)} left in float")
 

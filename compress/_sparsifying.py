@@ -21,7 +21,7 @@ from edgepack.compress._permute import LARGEST, best_order, chain_before
 from edgepack.compress._response import moments
 from edgepack.compress._sparse_layers import Sparse, find, second_moments
 from edgepack.compress._tune import Hold, tune
-from edgepack.errors import Unsupported
+from edgepack.errors import Unsupported, counted
 
 if TYPE_CHECKING:
     from edgepack.compress.sparsify import Sparsify
@@ -90,15 +90,15 @@ class Sparsifying:
                 one.exchange(order)
             step(1)
         if gains:
-            self.run_.note(f"exchanged input channels of {len(gains)} layers, whose {self.options.pattern} groups then "
-                           f"keep {sum(gains) / len(gains):.1%} more on average")  # fmt: skip
+            self.run_.note(f"exchanged input channels of {counted(len(gains), 'layer')}, whose {self.options.pattern} "
+                           f"groups then keep {sum(gains) / len(gains):.1%} more on average")  # fmt: skip
 
     def _say(self) -> None:
         rows = [{"layer": one.path, "weights": one.weight.numel(), "zeros": int((one.weight == 0).sum())}
                 for one in self.layers]  # fmt: skip
         zeros, weights = (sum(row[name] for row in rows) for name in ("zeros", "weights"))  # type: ignore[misc]
-        self.run_.note(f"{zeros} of {weights} weights are 0 ({zeros / weights:.1%}) in {len(rows)} layers; "
-                       f"{len(self.left)} layers stay dense")  # fmt: skip
+        self.run_.note(f"{zeros} of {weights} weights are 0 ({zeros / weights:.1%}) in {counted(len(rows), 'layer')}; "
+                       f"left dense: {counted(len(self.left), 'layer')}")  # fmt: skip
         self.run_.record("sparsity", {"pattern": self.options.pattern, "layers": rows, "dense": self.left})
 
     def _at_once(self) -> None:

@@ -14,7 +14,7 @@ from edgepack.compress import _tune_state as checkpoint
 from edgepack.compress._tune_judge import Judge, halves
 from edgepack.compress._tune_state import State
 from edgepack.compress._tune_steps import build, rate_at, restore, seed_of, state_of
-from edgepack.errors import InputError
+from edgepack.errors import InputError, counted
 
 if TYPE_CHECKING:
     from edgepack.compress._tune_feed import Feed, Samples
@@ -191,7 +191,7 @@ class Epochs:
     def _summary(self, values: dict[str, Any]) -> str:
         taught = [] if self.lesson.teacher is None else [f"teacher {self.settings.teacher}"]
         sources = " and ".join([*taught, *(["labels"] if self.lesson.loss is not None else [])])
-        epochs = "1 epoch" if self.state.epochs == 1 else f"{self.state.epochs} epochs"
+        epochs = counted(self.state.epochs, "epoch")
         text = (f"{self.training.name}: {epochs} of {len(self.feed.rows)} samples from {sources}; "
                 f"ended by {values['ended']}, kept epoch {values['kept']}")  # fmt: skip
         if self.judge is None:

@@ -65,8 +65,9 @@ class RecipeError(InputError):
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n".join([f"{count} in the recipe:", *(f"  - {line}" for line in problems)]))
+        super().__init__(
+            "\n".join([f"{counted(len(problems), 'problem')} in the recipe:", *(f"  - {line}" for line in problems)])
+        )
 
 
 class MissingExtra(EdgepackError):
@@ -132,6 +133,11 @@ class StepError(EdgepackError):
         super().__init__(message, getattr(cause, "hint", None))
         self.exit_status = getattr(cause, "exit_status", 1)
         self.__cause__ = cause
+
+
+def counted(number: int, word: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

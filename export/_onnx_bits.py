@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgepack.errors import counted
 from edgepack.export._c_bits import BLOCK, bits_of, rows_of
 from edgepack.export._c_pack import pack
 from edgepack.operators import BINARY_CONV, DOMAIN
@@ -41,8 +42,8 @@ def use_binary(model: onnx.ModelProto) -> list[str]:
     model.graph.initializer.extend(search.made)
     _drop_unused(model.graph)
     model.opset_import.add(domain=DOMAIN, version=VERSION)
-    library = "edgepack's operator library, which its ONNX Runtime engine compiles where it loads them"
-    return [f"{len(made)} layers need {library}"]
+    library = "edgepack's operator library, which its ONNX Runtime engine compiles where it loads the file"
+    return [f"{library}, is needed by {counted(len(made), 'layer')}"]
 
 
 @dataclass(eq=False)

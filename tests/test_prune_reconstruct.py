@@ -63,7 +63,7 @@ def test_the_weights_are_those_of_the_least_squares_problem(kind: str, bias: boo
     missing = [float(np.sum((b - a @ one.T) ** 2) / np.sum(b**2)) for one in (old, new)]
     assert errors == {"2": pytest.approx(missing, rel=1e-4)}
     assert missing[1] < 0.8 * missing[0]
-    assert any(note.startswith("reconstructed 1 layers: ") for note in run.notes)
+    assert any(note.startswith("reconstructed 1 layer: ") for note in run.notes)
 
 
 def test_layers_follow_one_another_and_what_they_give_may_be_narrower_too(tmp_path: Path) -> None:

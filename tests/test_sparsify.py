@@ -207,7 +207,7 @@ def test_two_of_four(network: nn.Module, task: Task, tmp_path: Path, method: str
     assert not zeros(found.first).any()  # type: ignore[arg-type]
     assert not zeros(found.depthwise).any()  # type: ignore[arg-type]
     assert not zeros(found.last).any()  # type: ignore[arg-type]
-    assert any("exchanged input channels of 1 layers" in note for note in run.notes)
+    assert any("exchanged input channels of 1 layer," in note for note in run.notes)
 
 
 def test_blocks_share_their_columns(network: nn.Module, task: Task, tmp_path: Path) -> None:
