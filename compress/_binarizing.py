@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from edgepack.compress._binary import Binary
 from edgepack.compress._brevitas import take_binary
 from edgepack.compress._graph import Call, GraphView, named, put_layer, shape
+from edgepack.compress._hooks import hooked
 from edgepack.compress._projecting import shorten, take_statistics
 from edgepack.compress._tree_pull import TreePull, signs_of, tree_of
 from edgepack.compress._tune import Hold, tune
@@ -220,11 +221,7 @@ def _watching(layers: list[nn.Module], seen: dict[nn.Module, Tensor]) -> Iterato
     def remember(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen[layer] = inputs[0]
 
-    handles = [layer.register_forward_pre_hook(remember) for layer in layers]
-    try:
+    with hooked(((layer, remember) for layer in layers), before=True):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     if missing := [layer for layer in layers if layer not in seen]:
         raise InputError(f"binarize: {missing[0]} is never called as a layer")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from edgepack.compress import _tokens
 from edgepack.compress._attention import FAMILIES, Adapter, blocks_of, special_tokens
+from edgepack.compress._hooks import hooked
 from edgepack.errors import InputError, Unsupported
 from edgepack.tracing import example_inputs
 
@@ -143,15 +144,9 @@ def survey(module: nn.Module, task: Task, adapters: Sequence[Adapter] = ()) -> l
     """
     found = {path: (layer, adapter) for path, layer, adapter in blocks_of(module, (*adapters, *FAMILIES))}
     seen: list[tuple[str, list[Any], Any]] = []
-    watchers = [
-        layer.register_forward_hook(_seeing(path, seen), with_kwargs=True) for path, (layer, _) in found.items()
-    ]
-    try:
-        with torch.no_grad():
-            module(*example_inputs(task.specs))
-    finally:
-        for watcher in watchers:
-            watcher.remove()
+    watchers = ((layer, _seeing(path, seen)) for path, (layer, _) in found.items())
+    with hooked(watchers, with_kwargs=True), torch.no_grad():
+        module(*example_inputs(task.specs))
     blocks: list[Block] = []
     for path, (tokens, *others), result in seen:
         layer, adapter = found[path]

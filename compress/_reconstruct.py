@@ -11,6 +11,7 @@ Networks" (arXiv:1707.06168), section 3; here the units are chosen before. Where
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgepack.compress._cutting import IN, OUT, Cut
+from edgepack.compress._hooks import hooked
 from edgepack.compress._tune_feed import drawn, looked_at
 
 if TYPE_CHECKING:
@@ -97,14 +99,9 @@ def _called_once(module: nn.Module, paths: Sequence[str], inputs: Sequence[Tenso
     def called(path: str, read: tuple[object, ...]) -> None:
         calls.append(path if read else "")  # what comes by keyword is not looked at
 
-    hooks = [module.get_submodule(path).register_forward_hook(lambda _, read, __, path=path: called(path, read))
-             for path in paths]  # fmt: skip
-    try:
-        with torch.no_grad():
-            module(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = ((module.get_submodule(path), lambda _, read, __, path=path: called(path, read)) for path in paths)
+    with hooked(hooks), torch.no_grad():
+        module(*inputs)
     return [path for path in calls if path and calls.count(path) == 1]
 
 
@@ -142,14 +139,8 @@ def _seen(module: nn.Module, path: str, inputs: Sequence[Tensor]) -> tuple[Tenso
         kept.append((read[0], result))
         raise _Reached
 
-    hook = module.get_submodule(path).register_forward_hook(stop)
-    try:
-        with torch.no_grad():
-            module(*inputs)
-    except _Reached:
-        pass
-    finally:
-        hook.remove()
+    with hooked([(module.get_submodule(path), stop)]), suppress(_Reached), torch.no_grad():
+        module(*inputs)
     return kept[0]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgepack.compress._hooks import hooked
 from edgepack.compress._spots import Spot
 from edgepack.compress._stages import Stage
 
@@ -94,7 +94,8 @@ def _run(module: nn.Module, task: Task, watches: dict[nn.Module, Seen], count: i
     """Show each layer's input and result while the network computes the samples."""
     data = task.calibration if task.calibration is not None else task.evaluation
     samples = task.samples(NOISE if data is None else count)
-    with _watched(watches), torch.no_grad():
+    hooks = ((layer, lambda _, read, result, seen=seen: seen(read[0], result)) for layer, seen in watches.items())
+    with hooked(hooks), torch.no_grad():
         for inputs in _batches(task, samples):
             module(*inputs)
 
@@ -108,16 +109,3 @@ def _batches(task: Task, samples: dict[str, Any]) -> Iterator[list[Tensor]]:
         return
     for parts in zip(*(torch.split(one, size, axis) for one, axis in zip(tensors, axes, strict=True)), strict=True):
         yield list(parts)
-
-
-@contextmanager
-def _watched(watches: dict[nn.Module, Seen]) -> Iterator[None]:
-    def hook(layer: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
-        watches[layer](args[0], result)
-
-    handles = [layer.register_forward_hook(hook) for layer in watches]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

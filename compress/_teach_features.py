@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgepack.compress._hooks import hooked
 from edgepack.errors import InputError, nearest
 
 SPATIAL, FREQUENCY = 0.08, 0.06  # weights of the two losses, as published
@@ -168,13 +169,8 @@ def features_of(network: nn.Module, inputs: Sequence[Tensor]) -> dict[str, tuple
 
         return keep
 
-    hooks = [layer.register_forward_hook(hook(path)) for path, layer in network.named_modules() if path]
-    try:
-        with torch.no_grad():
-            network(*inputs)
-    finally:
-        for entry in hooks:
-            entry.remove()
+    with hooked((layer, hook(path)) for path, layer in network.named_modules() if path), torch.no_grad():
+        network(*inputs)
     calls = [path for path, _ in found]
     return {path: shape for path, shape in found if shape is not None and calls.count(path) == 1}
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from edgepack.compress._cutting import IN, OUT, Group, depthwise, width
+from edgepack.compress._hooks import hooked
 
 
 @dataclass(frozen=True)
@@ -145,13 +146,8 @@ def _layers(module: nn.Module, inputs: Sequence[Tensor]) -> Iterator[tuple[str, 
         sizes[layer] = sizes.get(layer, 0) + result.numel() // int(channels)
 
     found = {path: layer for path, layer in module.named_modules() if isinstance(layer, (nn.Linear, _ConvNd))}
-    hooks = [layer.register_forward_hook(see) for layer in found.values()]
-    try:
-        with torch.no_grad():
-            module(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked((layer, see) for layer in found.values()), torch.no_grad():
+        module(*inputs)
     for path, layer in found.items():
         values = layer.weight.numel()
         wide = {OUT: width(module, (path, OUT))} if depthwise(layer) else {
