@@ -92,7 +92,9 @@ def _luck(data: Row) -> str:
     for _, group in groupby(data["rows"], lambda row: (row["network"], row["format"])):
         rows = [row for row in group if row.get("agreement") is not None]
         ours = max((row for row in rows if mine(row)), key=lambda row: row["score"], default=None)
-        for row in rows if ours is not None else ():
+        if ours is None:
+            continue
+        for row in rows:
             if mine(row) or row["score"] <= ours["score"] or row["samples"] != ours["samples"]:
                 continue
             count = row["samples"]

@@ -87,7 +87,7 @@ def choose(options: argparse.Namespace) -> None:
         keep(options, role, settings.apply(copy.deepcopy(module), task, run))
         for note in run.notes:
             say(note)
-        if settings.reconstruct is None:
+        if role not in page.MADE_AS:
             share = run.findings["channels"]["macs"]
             page.RESULTS.store("choice", {**run.findings["channels"], "role": role}, facts())
     plain = magnitude(module, task)
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument(
         "--roles",
         nargs="+",
-        choices=(*ROLES, "removed", "removed4", *TUNE),
+        choices=(*ROLES, *(role for role in CHOICES if role not in ROLES), *TUNE),
         default=ROLES,
         metavar="ROLE",
         help="such as plain, or to be trained: plain-0.1-5, pruned-0.1-15-mixup, plain-0.1-5-again (another seed)",

@@ -102,7 +102,7 @@ def export(
     """Write the artifacts the recipe asks for, each checked against its golden answers."""
     from edgepack import _tables, pipeline
 
-    names = to or []
+    names = list(dict.fromkeys(to or ()))
     if names and recipe.is_dir() and not (recipe / RECIPE).exists():
         if call.dry_run:
             return _show_plan(call, [{"stage": "export", "part": name, "options": {}} for name in names])

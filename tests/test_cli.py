@@ -269,7 +269,7 @@ def test_the_next_command_names_where_the_results_are(edgepack: Run, digits: Pat
 
 def test_formats_of_a_recipe_are_picked_by_to(edgepack: Run, digits: Path) -> None:
     words = ("export", digits, "--dry-run", "--json", "--set", "export.onnx.precision=float16")
-    status, out, err = edgepack(*words, "--to", "onnx", "--to", "tflite")
+    status, out, err = edgepack(*words, "--to", "onnx", "--to", "tflite", "--to", "tflite")
     assert status == 0, err
     steps = [(step["part"], step["options"]["precision"]) for step in json.loads(out)["plan"]]
     assert steps == [("onnx", "float16"), ("tflite", "plan")]
