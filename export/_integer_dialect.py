@@ -107,16 +107,22 @@ class Dialect:
         """
         if self.symmetric:
             top = (1 << (bits - 1)) - 1
-            return Grid(step or float(np.float32(max(-low, high) / top)) or 1.0, 0, -top, top)
+            return Grid(step or _scale(max(-low, high) / top), 0, -top, top)
         lowest, highest = self.lowest, self.lowest + (1 << bits) - 1
-        step = step or float(np.float32((high - low) / (highest - lowest))) or 1.0
+        step = step or _scale((high - low) / (highest - lowest))
         return Grid(step, int(np.clip(round(lowest - low / step), lowest, highest)), lowest, highest)
 
     def around_zero(self, low: float, high: float) -> Grid:
         """The integers for a range, with 0 in their middle."""
         middle = (self.lowest + self.highest + 1) // 2
         step = max(-low / (middle - self.lowest), high / (self.highest - middle))
-        return Grid(float(np.float32(step)) or 1.0, middle, self.lowest, self.highest)
+        return Grid(_scale(step), middle, self.lowest, self.highest)
+
+
+def _scale(step: float) -> float:
+    """A step as engines hold it; 1 for a range of nothing, or of less than float32's normal numbers tell apart."""
+    found = float(np.float32(step))
+    return found if found >= np.finfo(np.float32).tiny else 1.0
 
 
 @dataclass(frozen=True)
